@@ -1,0 +1,88 @@
+"""`forebay status`"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from forebay.cli.console import running_platform
+from forebay.deploy.status import PlatformStatus, WorkerState, WorkerStatus, platform_status
+
+WIDTH_WITH_IDS = 110
+
+_STATE_STYLES = {
+    WorkerState.READY: "green",
+    WorkerState.DRAINING: "yellow",
+    WorkerState.UNREACHABLE: "red",
+}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(as_json: bool) -> None:
+    """Show the workers of the local platform, each asked at this moment."""
+    report = asyncio.run(platform_status(running_platform()))
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+        return
+    console = Console(highlight=False)
+    if report.workers:
+        console.print(_table(report, with_ids=console.width >= WIDTH_WITH_IDS))
+    _print_summary(console, report)
+
+
+def _table(report: PlatformStatus, with_ids: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("worker", "role", "address", "state")[not with_ids :]:
+        table.add_column(name, no_wrap=True)
+    for name in ("run/wait", "KV free", "KV out/in", "tok in/out"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for item in report.workers:
+        table.add_row(*_row(item)[not with_ids :])
+    return table
+
+
+def _row(item: WorkerStatus) -> list[str]:
+    worker, counters = item.worker, item.worker.counters
+    blocks = worker.load.kv_blocks
+    return [
+        worker.worker_id,
+        item.role,
+        item.address,
+        f"[{_STATE_STYLES[item.state]}]{item.state.value}[/]",
+        f"{worker.load.num_running}/{worker.load.num_waiting}",
+        f"{blocks.free}/{blocks.total}",
+        f"{size(counters.kv_bytes_sent)}/{size(counters.kv_bytes_received)}",
+        f"{counters.prompt_tokens}/{counters.generation_tokens}",
+    ]
+
+
+def _print_summary(console: Console, report: PlatformStatus) -> None:
+    ready = "[green]ready[/]" if report.gateway_ready else "[red]not ready[/]"
+    run = report.run
+    console.print(f"Model {run.model_id} ({run.engine} engine)")
+    console.print(f"Gateway {run.http_url} (gRPC {run.grpc_address}): {ready}")
+    if not run.ready:
+        console.print("The platform is starting.")
+    if report.registry_error:
+        console.print(f"[red]The list of workers cannot be read: {report.registry_error}[/]")
+    totals = report.totals()
+    console.print(
+        f"Total: {totals['running']} running, {totals['waiting']} waiting,"
+        f" {size(totals['kv_bytes_sent'])} KV sent,"
+        f" {totals['prompt_tokens']} prompt and {totals['generation_tokens']} generated tokens"
+    )
+
+
+def size(num_bytes: int) -> str:
+    """Decimal units, as in `1.5MB`."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f}{unit}" if unit == "B" else f"{value:.1f}{unit}"

@@ -1,0 +1,166 @@
+"""Settings of every process, grouped; the only reader of environment variables.
+
+A field `http_port` of GatewaySettings is read from FOREBAY_GATEWAY_HTTP_PORT. FOREBAY_REDIS_URL
+serves every group that has a `redis_url`. An unknown name or a bad value is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from forebay.core.errors import ConfigurationError
+from forebay.core.roles import WorkerRole
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+REDIS_URL_VARIABLE = "FOREBAY_REDIS_URL"
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    engine: str = "torch"
+    """`torch` computes; `sim` has no weights and answers with seeded nonsense."""
+    model_path: str = ""
+    """A GGUF file or a folder with safetensors; unused by the sim engine."""
+    model_id: str = DEFAULT_MODEL
+    """The name clients ask for."""
+    dtype: str = "auto"
+    """auto, fp32, bf16 or fp16; auto takes bf16 where the processor multiplies it natively."""
+    device: str = "cpu"
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """KV blocks; None takes as many as kv_memory_mib holds."""
+    kv_memory_mib: int = 1024
+    max_model_len: int | None = None
+    """Prompt plus answer, in tokens; None takes the model's own limit."""
+    max_batch_tokens: int = 512
+    """Tokens computed in one step: bounds how long a prompt's chunk delays running streams."""
+    max_num_seqs: int = 64
+    """Sequences that decode at once."""
+    num_threads: int | None = None
+    """CPU threads of one worker's model; None leaves torch's own choice."""
+    sim_time_scale: float = 1.0
+    """Multiplies the sim engine's modelled times; 0 makes every step instant."""
+    sim_mean_output_tokens: int = 128
+    """Mean answer length of the sim engine (geometric)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    role: WorkerRole = WorkerRole.MIXED
+    host: str = "127.0.0.1"
+    port: int = 0
+    """gRPC; 0 lets the system choose."""
+    advertise_host: str = ""
+    """Host that others reach this worker under; empty takes `host`."""
+    metrics_port: int = 0
+    redis_url: str = ""
+    heartbeat_s: float = 1.0
+    registry_ttl_s: float = 5.0
+    """A worker that is silent this long is gone for the routers."""
+    lease_s: float = 30.0
+    """How long a decode worker holds blocks for KV that has not been committed."""
+    gateway_grace_s: float = 5.0
+    """How long a gateway's sequences outlive its step stream."""
+    kv_frame_kib: int = 1024
+    """Upper bound of a KV frame's payload (at least one layer goes into a frame)."""
+    drain_s: float = 30.0
+    step_timeout_s: float = 120.0
+    """A step that takes longer makes the worker unhealthy."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    redis_url: str = ""
+    request_timeout_s: float = 600.0
+    """The default, and the longest, life of a request."""
+    queue_timeout_s: float = 30.0
+    """How long a request may wait for a place on a worker before it gets a 429."""
+    max_queued_requests: int = 256
+    max_body_kib: int = 8192
+    keep_alive_s: float = 15.0
+    """A silent SSE stream carries a comment this often."""
+    registry_poll_s: float = 0.5
+    drain_s: float = 30.0
+    cache_salt: str = ""
+    """Secret that keys the block hashes; empty draws one at start."""
+
+
+Group = TypeVar("Group", EngineSettings, WorkerSettings, GatewaySettings)
+
+_PREFIXES: dict[type[Any], str] = {
+    EngineSettings: "FOREBAY_ENGINE_",
+    WorkerSettings: "FOREBAY_WORKER_",
+    GatewaySettings: "FOREBAY_GATEWAY_",
+}
+
+
+def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
+    """Defaults overridden by the environment. Raises ConfigurationError naming the variable."""
+    env = os.environ if environ is None else environ
+    prefix = _PREFIXES[group]
+    hints = typing.get_type_hints(group)
+    values: dict[str, Any] = {}
+    for f in fields(group):
+        if f.name == "engine" and group is WorkerSettings:
+            values["engine"] = load(EngineSettings, env)
+            continue
+        variable = prefix + f.name.upper()
+        if variable in env:
+            values[f.name] = _parse(variable, env[variable], hints[f.name])
+        elif f.name == "redis_url" and REDIS_URL_VARIABLE in env:
+            values[f.name] = env[REDIS_URL_VARIABLE]
+    known = {prefix + f.name.upper() for f in fields(group)}
+    for variable in env:
+        if variable.startswith(prefix) and variable not in known:
+            raise ConfigurationError(f"{variable}: no such setting")
+    return group(**values)
+
+
+def _parse(variable: str, text: str, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        if text == "":
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    try:
+        value = hint(text)
+    except ValueError:
+        raise ConfigurationError(f"{variable}: {text!r} is not a valid {hint.__name__}") from None
+    if isinstance(value, (int, float)) and (not math.isfinite(value) or value < 0):
+        raise ConfigurationError(f"{variable}: {text!r} must be a finite number, 0 or more")
+    return value
+
+
+def external_redis_url() -> str | None:
+    """The operator's own Redis, if FOREBAY_REDIS_URL names one."""
+    return os.environ.get(REDIS_URL_VARIABLE) or None
+
+
+def cache_dir() -> Path:
+    """Where fetched models lie: FOREBAY_CACHE_DIR, else the user's cache folder."""
+    return _folder("FOREBAY_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """Where a local platform keeps logs and process ids: FOREBAY_STATE_DIR, else the user's."""
+    return _folder("FOREBAY_STATE_DIR", "XDG_STATE_HOME", ".local/state")
+
+
+def _folder(own: str, xdg: str, under_home: str) -> Path:
+    if own in os.environ:
+        return Path(os.environ[own]).expanduser().resolve()
+    base = os.environ.get(xdg)
+    return (Path(base) if base else Path.home() / under_home) / "forebay"

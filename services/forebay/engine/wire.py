@@ -1,0 +1,57 @@
+"""Between the engine's outputs and what travels on the step stream."""
+
+from __future__ import annotations
+
+from forebay.core.finish import FinishReason
+from forebay.engine.interface import SampledToken
+from forebay.engine.sequence import TokenOutput
+from forebay.rpc.conversions import finish_to_proto
+from forebay.rpc.v1 import inference_pb2, worker_pb2
+
+
+def output_to_proto(output: TokenOutput) -> worker_pb2.SequenceOutput:
+    token = output.token
+    message = worker_pb2.SequenceOutput(
+        request_id=output.key.request_id,
+        attempt=output.attempt,
+        choice=output.choice,
+        offset=output.offset,
+        token_ids=(token.token_id,),
+        finish_reason=finish_to_proto(output.finish),
+    )
+    if output.offset == 0:
+        message.num_cached_tokens = output.num_cached_tokens
+    if token.logprob is not None:
+        message.logprobs.append(
+            inference_pb2.TokenLogprob(
+                token_id=token.token_id,
+                logprob=token.logprob,
+                top=[inference_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top],
+            )
+        )
+    return message
+
+
+def error_to_proto(
+    request_id: str, attempt: int, choice: int, message: str
+) -> worker_pb2.SequenceOutput:
+    return worker_pb2.SequenceOutput(
+        request_id=request_id,
+        attempt=attempt,
+        choice=choice,
+        finish_reason=finish_to_proto(FinishReason.ERROR),
+        error=message,
+    )
+
+
+def tokens_from_proto(output: worker_pb2.SequenceOutput) -> list[SampledToken]:
+    if not output.logprobs:
+        return [SampledToken(token_id) for token_id in output.token_ids]
+    return [
+        SampledToken(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top=tuple((top.token_id, top.logprob) for top in entry.top),
+        )
+        for entry in output.logprobs
+    ]

@@ -1,0 +1,174 @@
+"""The workers this gateway knows: discovered in the registry, kept by their step streams."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from forebay.core import clock
+from forebay.core.clock import Deadline
+from forebay.core.errors import ForebayError, Unavailable
+from forebay.core.settings import GatewaySettings
+from forebay.gateway.worker_link import WorkerLink
+from forebay.router.view import WorkerView
+from forebay.rpc.connector import Connector
+from forebay.rpc.conversions import role_from_proto
+from forebay.rpc.v1 import worker_pb2
+from forebay.store.registry import Registry
+from forebay.text.spec import TokenizerSpec
+from forebay.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+OPEN_S = 5.0
+MISSING_S = 3.0
+"""A worker that the registry has not listed for this long gets no new requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as its workers describe it. `max_model_len` is the smallest among them."""
+
+    info: worker_pb2.ModelInfo
+    kv_layout: worker_pb2.KvLayout
+    max_model_len: int
+    tokenizer: Tokenizer
+
+
+class Fleet:
+    """`on_change` is called whenever load or membership may have changed."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        registry: Registry,
+        connector: Connector,
+        gateway_id: str,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._connector = connector
+        self._gateway_id = gateway_id
+        self._on_change = on_change
+        self._links: dict[tuple[str, str], WorkerLink] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._opening: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._registry_reachable = True
+
+    async def run(self) -> None:
+        """Follows the registry until cancelled. Without Redis the known workers stay."""
+        while True:
+            await self._poll()
+            await asyncio.sleep(self._settings.registry_poll_s)
+
+    async def close(self) -> None:
+        opening = list(self._opening.values())
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        for link in self._links.values():
+            await link.close()
+        self._links.clear()
+
+    def link(self, worker_id: str) -> WorkerLink:
+        """Raises Unavailable when the worker has gone since it was chosen."""
+        for link in self._links.values():
+            if link.worker_id == worker_id and not link.lost:
+                return link
+        raise Unavailable(f"worker {worker_id} is gone")
+
+    def view(self) -> list[WorkerView]:
+        return [_view_of(link) for link in self._links.values()]
+
+    def models(self) -> dict[str, ServedModel]:
+        """By model id, of the workers that are there."""
+        served: dict[str, ServedModel] = {}
+        for link in self._links.values():
+            info = link.description.model
+            if link.lost or info.tokenizer_hash not in self._tokenizers:
+                continue
+            known = served.get(info.id)
+            served[info.id] = ServedModel(
+                info=info,
+                kv_layout=link.description.kv_layout,
+                max_model_len=min(
+                    info.max_model_len, known.max_model_len if known else info.max_model_len
+                ),
+                tokenizer=self._tokenizers[info.tokenizer_hash],
+            )
+        return served
+
+    async def _poll(self) -> None:
+        try:
+            workers = await self._registry.list_workers()
+        except Unavailable as error:
+            if self._registry_reachable:
+                log.warning("%s; going on with the known workers", error.message)
+            self._registry_reachable = False
+            return
+        self._registry_reachable = True
+        listed = {(worker.worker_id, worker.epoch): worker for worker in workers}
+        for key, link in list(self._links.items()):
+            if link.lost:
+                del self._links[key]
+                await link.close()
+            elif key in listed:
+                link.missing_since = None
+                link.description = listed[key]
+                link.update_load(listed[key].load)
+            elif link.missing_since is None:
+                link.missing_since = clock.now()
+        for key, worker in listed.items():
+            if key not in self._links and key not in self._opening:
+                self._opening[key] = asyncio.create_task(self._open(key, worker))
+        self._on_change()
+
+    async def _open(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
+        channel = self._connector.connect(worker.endpoints[0].address)
+        link = WorkerLink(worker, channel, self._gateway_id, self._on_change)
+        try:
+            await link.open(Deadline.after(OPEN_S))
+            await self._learn_tokenizer(link)
+            self._links[key] = link
+            log.info("worker %s joined", worker.worker_id)
+        except ForebayError as error:
+            log.warning("worker %s cannot be reached: %s", worker.worker_id, error.message)
+        finally:
+            del self._opening[key]
+            if self._links.get(key) is not link:
+                await link.close()
+        self._on_change()
+
+    async def _learn_tokenizer(self, link: WorkerLink) -> None:
+        """One download per distinct tokenizer. Raises Unavailable when its hash is not the one
+        the worker announced."""
+        wanted = link.description.model.tokenizer_hash
+        if wanted in self._tokenizers:
+            return
+        data = await link.get_tokenizer()
+        if hashlib.sha256(data).hexdigest() != wanted:
+            raise Unavailable(f"the tokenizer of {link.worker_id} does not match its hash")
+        self._tokenizers[wanted] = Tokenizer(TokenizerSpec.from_bytes(data))
+
+
+def _view_of(link: WorkerLink) -> WorkerView:
+    worker, load = link.description, link.load
+    model, blocks = worker.model, load.kv_blocks
+    is_silent = link.missing_since is not None and clock.now() - link.missing_since > MISSING_S
+    identity = (model.id, model.revision, model.adapter, model.tokenizer_hash)
+    return WorkerView(
+        worker_id=worker.worker_id,
+        role=role_from_proto(worker.role),
+        model_id=model.id,
+        model_key="/".join(identity),
+        kv_key=f"{worker.protocol_version}/{worker.kv_layout.SerializeToString().hex()}",
+        accepting=not (link.lost or worker.draining or is_silent),
+        num_sequences=load.num_running + load.num_waiting + link.num_sent_sequences,
+        num_pending_prefill_tokens=load.num_pending_prefill_tokens + link.num_sent_tokens,
+        prefill_room_tokens=load.prefill_room_tokens - link.num_sent_tokens,
+        kv_usage=(blocks.used + blocks.leased + blocks.quarantined) / max(1, blocks.total),
+    )

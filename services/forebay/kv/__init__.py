@@ -1,0 +1,1 @@
+"""KV memory as bookkeeping: block hashes, the block pool with its prefix cache, leases."""

@@ -1,0 +1,1 @@
+"""Chooses workers for a request: pure functions over a view of the fleet."""

@@ -1,0 +1,1 @@
+"""Protocols, channels and the mapping of errors to status codes."""

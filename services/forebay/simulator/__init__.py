@@ -1,0 +1,1 @@
+"""The platform's own gateway and worker code in one thread and in virtual time."""

@@ -1,0 +1,1 @@
+"""Shared state outside the processes; the only importer of redis."""

@@ -1,0 +1,76 @@
+"""The worker registry in Redis: a key with a time-to-live per worker, and a set of their ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import redis.asyncio as redis
+from redis.exceptions import RedisError
+
+from forebay.core.errors import ConfigurationError, Unavailable
+from forebay.rpc.v1 import worker_pb2
+
+_IDS = "forebay:workers"
+_TIMEOUT_S = 2.0
+
+
+class RedisRegistry:
+    """Implements `Registry`."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    @classmethod
+    def connect(cls, url: str) -> RedisRegistry:
+        """Connects on first use. Raises ConfigurationError for a URL that is none."""
+        try:
+            client = redis.Redis.from_url(
+                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"Redis URL: {error}") from error
+        return cls(client)
+
+    async def publish(self, worker: worker_pb2.WorkerDescription, ttl_s: float) -> None:
+        async with _translated(), self._client.pipeline(transaction=True) as pipe:
+            record = worker.SerializeToString()
+            pipe.set(_key(worker.worker_id), record, px=max(1, int(ttl_s * 1000)))
+            pipe.sadd(_IDS, worker.worker_id)
+            await pipe.execute()
+
+    async def remove(self, worker_id: str) -> None:
+        async with _translated(), self._client.pipeline(transaction=True) as pipe:
+            pipe.delete(_key(worker_id))
+            pipe.srem(_IDS, worker_id)
+            await pipe.execute()
+
+    async def list_workers(self) -> list[worker_pb2.WorkerDescription]:
+        async with _translated():
+            members = await cast("Awaitable[set[bytes]]", self._client.smembers(_IDS))
+            ids = sorted(member.decode() for member in members)
+            records = await self._client.mget([_key(i) for i in ids]) if ids else []
+            gone = [i for i, record in zip(ids, records, strict=True) if record is None]
+            if gone:
+                await self._client.srem(_IDS, *gone)
+        return [
+            worker_pb2.WorkerDescription.FromString(cast(bytes, record))
+            for record in records
+            if record is not None
+        ]
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def _key(worker_id: str) -> str:
+    return f"forebay:worker:{worker_id}"
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (RedisError, OSError, TimeoutError) as error:
+        raise Unavailable(f"Redis: {error}") from error

@@ -1,0 +1,1 @@
+"""A worker: one engine behind a gRPC listener, in the prefill pool, the decode pool, or both."""

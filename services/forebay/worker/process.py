@@ -1,0 +1,119 @@
+"""A worker as a process: the edge that gives `Worker` a thread, a listener and the registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import start_http_server
+
+from forebay.core.clock import Deadline
+from forebay.core.errors import InternalError, Unavailable
+from forebay.core.randomness import Rng
+from forebay.core.settings import WorkerSettings
+from forebay.engine.loader import load_runner
+from forebay.rpc.grpc_connector import GrpcConnector
+from forebay.rpc.grpc_listener import GrpcListener
+from forebay.store.redis_registry import RedisRegistry
+from forebay.store.registry import Registry
+from forebay.worker.thread_executor import ThreadExecutor
+from forebay.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_IDLE_POLL_S = 0.05
+_CLOSE_S = 1.0
+
+
+class WorkerProcess:
+    """Start it once, stop it once, on one running loop."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._registry: Registry = RedisRegistry.connect(settings.redis_url)
+        self._executor = ThreadExecutor()
+        self._worker: Worker | None = None
+        self._listener: GrpcListener | None = None
+        self._metrics_server: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> str:
+        """host:port that others reach the worker under; empty before `start`."""
+        return self._worker.endpoint if self._worker else ""
+
+    async def start(self) -> None:
+        """Loads the model, listens, registers. Raises ConfigurationError, ModelFileError, or
+        Unavailable without Redis."""
+        settings = self._settings
+        runner = await self._executor.run(load_runner, settings.engine)
+        worker = Worker(settings, runner, self._executor, GrpcConnector(), Rng())
+        host = settings.advertise_host or settings.host
+        self._metrics_server, _ = start_http_server(
+            settings.metrics_port, settings.host, registry=worker.metrics.registry
+        )
+        worker.metrics_url = f"http://{host}:{self._metrics_server.server_port}/metrics"
+        self._listener = GrpcListener(worker.routes(), settings.host, settings.port)
+        self._worker = worker
+        self._tasks.append(asyncio.create_task(worker.run(), name="worker"))
+        await self._listener.start()
+        worker.endpoint = f"{host}:{self._listener.port}"
+        await self._registry.publish(worker.description(), settings.registry_ttl_s)
+        self._tasks.append(asyncio.create_task(self._heartbeat(worker), name="heartbeat"))
+        log.info("%s listens on %s", worker.worker_id, worker.endpoint)
+
+    def check_health(self) -> None:
+        """Raises InternalError when the worker should be replaced."""
+        if self._worker is None:
+            raise InternalError("the worker has not started")
+        for task in self._tasks:
+            if task.done():
+                raise InternalError(f"the worker's {task.get_name()} task has ended")
+        self._worker.check_health()
+
+    async def stop(self, grace_s: float) -> None:
+        """Leaves the registry, lets running sequences finish for up to `grace_s`, then stops."""
+        worker = self._worker
+        if worker is not None:
+            worker.draining = True
+            await self._end(task for task in self._tasks if task.get_name() == "heartbeat")
+            await self._deregister(worker)
+            deadline = Deadline.after(grace_s)
+            while not worker.idle and not deadline.expired:
+                await asyncio.sleep(_IDLE_POLL_S)
+            await worker.close()
+        await self._end(self._tasks)
+        if self._listener is not None:
+            await self._listener.stop(_CLOSE_S)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.shutdown)
+            self._metrics_server.server_close()
+        await asyncio.to_thread(self._executor.close)
+        await self._registry.close()
+
+    async def _heartbeat(self, worker: Worker) -> None:
+        """Without Redis the worker goes on: gateways keep the list they know."""
+        reachable = True
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s)
+            try:
+                await self._registry.publish(worker.description(), self._settings.registry_ttl_s)
+                reachable = True
+            except Unavailable as error:
+                if reachable:
+                    log.warning("heartbeat failed: %s", error.message)
+                reachable = False
+
+    async def _end(self, tasks: Iterable[asyncio.Task[None]]) -> None:
+        ended = list(tasks)
+        for task in ended:
+            task.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+    async def _deregister(self, worker: Worker) -> None:
+        try:
+            await self._registry.remove(worker.worker_id)
+        except Unavailable as error:
+            log.warning("deregistering failed, the record expires: %s", error.message)
