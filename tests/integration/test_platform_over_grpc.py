@@ -92,7 +92,7 @@ async def platform(
     for worker in workers:
         await worker.start()
     service = GatewayService(
-        replace(GatewaySettings(registry_poll_s=0.05), **gateway),
+        replace(GatewaySettings(registry_poll_s=0.05, request_timeout_s=20), **gateway),
         GrpcConnector(),
         RedisRegistry.connect(redis_url),
         Rng(),

@@ -4,6 +4,7 @@ neither the platform's packages nor their import time."""
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,9 @@ _COMMANDS = {
     "status": "Show the workers of the local platform.",
     "up": "Start a platform on this machine.",
 }
+
+# grpc reports lost connections on stderr by itself; here every failure becomes one line of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 class ForebayGroup(click.Group):

@@ -64,6 +64,8 @@ class EmbeddedValkey:
             "appendonly": "no",
             "databases": 1,
             "daemonize": "no",
+            # A rewritten title would overwrite the environment that marks it as ours.
+            "set-proc-title": "no",
         }
         return "".join(f"{name} {value}\n" for name, value in settings.items())
 

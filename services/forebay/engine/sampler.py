@@ -110,12 +110,11 @@ def _sample_row(logits: Tensor, sequence: ScheduledSequence) -> tuple[SampledTok
 
 
 def _draw(ids: Tensor, weights: Tensor, draws: Seq[float]) -> list[int]:
-    """The first id whose running sum exceeds draw * total; an id of weight 0 never is."""
+    """The first id whose running sum exceeds draw * total; an id of weight 0 never does. Draws are
+    at most 1 - 2**-53, for which the rounded product is below the total."""
     running = weights.cumsum(0)
-    total = running[-1]
-    targets = torch.tensor(draws, dtype=torch.float64, device=running.device) * total
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    indices = torch.searchsorted(running, targets.clamp(max=below_total), right=True)
+    targets = torch.tensor(draws, dtype=torch.float64, device=running.device) * running[-1]
+    indices = torch.searchsorted(running, targets, right=True)
     drawn: list[int] = ids[indices].tolist()
     return drawn
 

