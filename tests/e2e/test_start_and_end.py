@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from forebay.client import ForebayClient
+from forebay.rpc.v1 import inference_pb2
 from local_platform import COMMAND_LIMIT_S, LocalPlatform
 
 pytestmark = pytest.mark.e2e
@@ -26,6 +29,25 @@ def test_mixed_pool_and_idempotent_down(fresh_platform: LocalPlatform) -> None:
     again = fresh_platform.run("down")
     assert (again.returncode, again.stdout) == (0, "No platform runs here.\n")
     assert fresh_platform.run("status").returncode == 1
+
+
+async def test_down_lets_streams_finish(fresh_platform: LocalPlatform) -> None:
+    assert fresh_platform.up("--engine=sim", "--kv-memory-mib=64").returncode == 0
+    request = inference_pb2.GenerateRequest(
+        model=fresh_platform.status()["model"],
+        text="Once upon a time",
+        sampling=inference_pb2.SamplingParams(max_tokens=200, ignore_eos=True),
+    )
+    async with ForebayClient(f"127.0.0.1:{fresh_platform.grpc_port}") as client:
+        events = client.generate(request, timeout_s=COMMAND_LIMIT_S)
+        received = [await anext(events)]
+        down = asyncio.create_task(asyncio.to_thread(fresh_platform.run, "down"))
+        received += [event async for event in events]
+        assert not down.done()
+    assert isinstance(received[-1], inference_pb2.GenerateComplete)
+    assert received[-1].usage.completion_tokens == 200
+    assert (await down).returncode == 0
+    fresh_platform.assert_nothing_left()
 
 
 def test_port_taken(fresh_platform: LocalPlatform) -> None:
