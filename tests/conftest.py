@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
+
 from forebay.deploy.models import ensure_default_model
 from forebay.deploy.ports import free_ports
 from forebay.deploy.valkey import EmbeddedValkey

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from local_platform import COMMAND_LIMIT_S, LocalPlatform
 
 pytestmark = pytest.mark.e2e

@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+
 from local_platform import LocalPlatform
 
 pytestmark = pytest.mark.e2e

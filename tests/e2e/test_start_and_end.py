@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from forebay.client import ForebayClient
 from forebay.rpc.v1 import inference_pb2
 from local_platform import COMMAND_LIMIT_S, LocalPlatform
@@ -92,6 +93,21 @@ def test_an_interrupted_up(fresh_platform: LocalPlatform, number: signal.Signals
         assert stderr == "Interrupted: nothing is left running.\n"
         fresh_platform.assert_nothing_left()
     fresh_platform.wait_until(lambda: not fresh_platform.processes())
+
+
+def test_down_while_up_is_under_way(fresh_platform: LocalPlatform) -> None:
+    process = subprocess.Popen(
+        [*fresh_platform.up_command, "--engine=sim"],
+        env=fresh_platform.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fresh_platform.wait_until(lambda: "raylet" in str(fresh_platform.processes()))
+    assert fresh_platform.run("down").returncode == 0
+    _, stderr = process.communicate(timeout=COMMAND_LIMIT_S)
+    assert (process.returncode, stderr) == (1, "forebay: the start was ended from elsewhere\n")
+    fresh_platform.assert_nothing_left()
 
 
 def test_down_after_the_supervisor_was_killed(fresh_platform: LocalPlatform) -> None:

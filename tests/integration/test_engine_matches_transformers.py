@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+
 from forebay.core.sampling import SamplingParams
 from forebay.engine.inputs import build_inputs
 from forebay.engine.interface import Batch, ScheduledSequence
 from forebay.engine.torch_runner import TorchRunner, load_torch_runner
 from forebay.text.spec import TokenizerSpec
 from forebay.text.tokenizer import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0)
 NUM_TOKENS = 24
@@ -23,20 +23,6 @@ PROMPTS = [
     "def fibonacci(n):",
     "Explain in two sentences why the sky is blue, and why it turns red in the evening.",
 ]
-
-
-@pytest.fixture(scope="module")
-def reference(default_model_path: Path) -> LlamaForCausalLM:
-    """What `from_pretrained(gguf_file=...)` builds, without its need for accelerate."""
-    fields = load_gguf_checkpoint(default_model_path)["config"]
-    model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="eager"))
-    tensors = load_gguf_checkpoint(
-        default_model_path, return_tensors=True, model_to_load=model, torch_dtype=torch.float32
-    )["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model.eval()
 
 
 def load(path: Path, dtype: str) -> TorchRunner:
@@ -75,16 +61,18 @@ def logits_of(runner: TorchRunner, sequence: ScheduledSequence) -> torch.Tensor:
     return logits
 
 
-def test_logits(runner: TorchRunner, reference: LlamaForCausalLM, prompts: list[list[int]]) -> None:
+def test_logits(
+    runner: TorchRunner, reference_model: LlamaForCausalLM, prompts: list[list[int]]
+) -> None:
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
-            expected = reference(torch.tensor([prompt])).logits[0, -1]
+            expected = reference_model(torch.tensor([prompt])).logits[0, -1]
         sequence = ScheduledSequence(prompt, len(prompt), 0, len(prompt), table(i), GREEDY, (0,))
         torch.testing.assert_close(logits_of(runner, sequence), expected, rtol=0, atol=5e-4)
 
 
 def test_greedy_batch(
-    runner: TorchRunner, reference: LlamaForCausalLM, prompts: list[list[int]]
+    runner: TorchRunner, reference_model: LlamaForCausalLM, prompts: list[list[int]]
 ) -> None:
     streams = [list(prompt) for prompt in prompts]
     starts = [0] * len(streams)
@@ -104,18 +92,18 @@ def test_greedy_batch(
             tokens.append(sampled.token_id)
     for tokens, prompt in zip(streams, prompts, strict=True):
         with torch.no_grad():
-            logits = reference(torch.tensor([tokens[:-1]])).logits[0]
+            logits = reference_model(torch.tensor([tokens[:-1]])).logits[0]
         assert tokens[len(prompt) :] == logits[len(prompt) - 1 :].argmax(dim=-1).tolist()
 
 
 def test_bf16_stays_close(
-    default_model_path: Path, reference: LlamaForCausalLM, prompts: list[list[int]]
+    default_model_path: Path, reference_model: LlamaForCausalLM, prompts: list[list[int]]
 ) -> None:
     """The same most probable token wherever fp32 has a clear one."""
     runner = load(default_model_path, "bf16")
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
-            expected = reference(torch.tensor([prompt])).logits[0, -1]
+            expected = reference_model(torch.tensor([prompt])).logits[0, -1]
         sequence = ScheduledSequence(prompt, len(prompt), 0, len(prompt), table(i), GREEDY, (0,))
         best = expected.topk(2)
         logits = logits_of(runner, sequence)

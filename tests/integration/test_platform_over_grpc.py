@@ -10,6 +10,9 @@ from dataclasses import replace
 
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from forebay.core.clock import Deadline
 from forebay.core.errors import InvalidRequest, KvTransferError, NotFound, Overloaded, Unavailable
 from forebay.core.randomness import Rng
@@ -32,8 +35,6 @@ from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.store.redis_registry import RedisRegistry
 from forebay.worker.frames import encode_commit
 from forebay.worker.process import WorkerProcess
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
 ENGINE = EngineSettings(

@@ -11,12 +11,13 @@ from typing import Any
 import gguf
 import pytest
 import transformers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
+
 from forebay.text.detokenizer import IncrementalDetokenizer
 from forebay.text.gguf_tokenizer import spec_from_gguf
 from forebay.text.hf_tokenizer import spec_from_folder
 from forebay.text.tokenizer import Tokenizer
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as FastTokenizer
 
 SCRIPTS = [
     (0x20, 0x7E),

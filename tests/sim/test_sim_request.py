@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.core.settings import EngineSettings

@@ -105,17 +105,21 @@ def _follow(
     supervisor.stdin.write(plan.serialise() + "\n")
     supervisor.stdin.flush()
     failure: Event | None = None
+    stopping = False
     for line in supervisor.stdout:
         event = Event.parse(line)
         if event.error:
             failure = event
             continue
         notify(event)
+        stopping = event.stage is Stage.STOPPING
         if event.stage is Stage.READY:
             state = read_run_state(folder)
             assert state is not None
             return state
     _await_end(supervisor)
+    if failure is None and stopping:
+        raise Unavailable("the start was ended from elsewhere")
     if failure is None:
         raise Unavailable(f"the supervisor ended unexpectedly; see {folder / LOG_FOLDER}")
     hint = f" (logs: {failure.log})" if failure.log else ""

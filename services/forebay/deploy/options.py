@@ -83,7 +83,7 @@ def make_plan(options: UpOptions) -> PlatformPlan:
         "FOREBAY_GATEWAY_GRPC_PORT": options.grpc_port,
     }
     environment = {name: str(value) for name, value in chosen.items() if value is not None}
-    merged = {**os.environ, **environment}
+    merged = {**inherited_environment(), **environment}
     worker, gateway = load(WorkerSettings, merged), load(GatewaySettings, merged)
     if worker.engine.num_threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // sum(pools.values()))
@@ -109,7 +109,7 @@ def make_plan(options: UpOptions) -> PlatformPlan:
 def with_model(plan: PlatformPlan, path: str, model_id: str) -> PlatformPlan:
     """The plan with the model's file known. The user's own FOREBAY_ENGINE_MODEL_ID goes first."""
     variables = {"FOREBAY_ENGINE_MODEL_PATH": path}
-    if "FOREBAY_ENGINE_MODEL_ID" in os.environ:
+    if "FOREBAY_ENGINE_MODEL_ID" in inherited_environment():
         model_id = plan.model_id
     variables["FOREBAY_ENGINE_MODEL_ID"] = model_id
     return replace(
@@ -117,12 +117,19 @@ def with_model(plan: PlatformPlan, path: str, model_id: str) -> PlatformPlan:
     )
 
 
+def inherited_environment() -> dict[str, str]:
+    """What this process hands on to those that it starts; settings are read by core.settings."""
+    return dict(os.environ)
+
+
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The user's environment with `variables` on top, fit for a process in another folder.
 
     They come last, where a process that rewrites its own title does not overwrite them.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in variables}
+    inherited = inherited_environment()
+    for name in variables:
+        inherited.pop(name, None)
     if "PYTHONPATH" in inherited:
         folders = inherited["PYTHONPATH"].split(os.pathsep)
         inherited["PYTHONPATH"] = os.pathsep.join(os.path.abspath(item) for item in folders)

@@ -111,11 +111,12 @@ class Supervisor:
         self._progress.emit(Event(stage=stage, done=True, seconds=seconds, detail=task.result()))
 
     async def _watch(self) -> None:
+        """What goes wrong here is tried again the next time: the platform itself goes on."""
         try:
             await self._platform.tend()
-        except ForebayError as error:
-            logger.error("%s", error.message)
-        self._write_state()
+            self._write_state()
+        except (ForebayError, OSError) as error:
+            logger.error("%s", error)
 
     def _fail(self, reason: str) -> None:
         logger.error("%s", reason)
@@ -149,7 +150,9 @@ class Supervisor:
 def _make_temp_dir() -> Path:
     base = tempfile.gettempdir()
     if len(base) > MAX_TEMP_DIR_CHARS:
-        base = "/tmp"
+        raise ConfigurationError(
+            f"{base}: too long a path for sockets; set TMPDIR to a shorter one"
+        )
     return Path(tempfile.mkdtemp(prefix="forebay-", dir=base))
 
 

@@ -76,6 +76,11 @@ class Engine:
         missing = (s.num_uncomputed_tokens for queue in queues for s in queue)
         return sum(count for count in missing if count > 1)
 
+    @property
+    def num_waiting_blocks(self) -> int:
+        """Blocks that the waiting sequences will take, preempted ones included."""
+        return sum(self.pool.blocks_for(len(s.tokens)) for s in self._scheduler.waiting)
+
     def sequences(self, key: RequestKey) -> list[Sequence]:
         return self._by_key.get(key, [])
 

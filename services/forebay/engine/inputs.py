@@ -6,10 +6,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from forebay_kernels.ops import DecodePlan, PrefillPlan
 from torch import Tensor
 
 from forebay.engine.interface import Batch, ScheduledSequence
+from forebay_kernels.ops import DecodePlan, PrefillPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ class Scheduler:
             chosen.append((sequence, min(budget, sequence.num_uncomputed_tokens)))
             budget -= chosen[-1][1]
         if not chosen:
-            return None
+            # The only stream that ran made room for nobody but those who wait.
+            return self.schedule() if preemptions != self.num_preemptions else None
         batch = Batch(tuple(_scheduled(s, n) for s, n in chosen), tuple(copies))
         return batch, [sequence for sequence, _ in chosen]
 

@@ -62,7 +62,10 @@ class Fleet:
     async def run(self) -> None:
         """Follows the registry until cancelled. Without Redis the known workers stay."""
         while True:
-            await self._poll()
+            try:
+                await self._poll()
+            except Exception:
+                log.exception("a look at the registry failed")
             await asyncio.sleep(self._settings.registry_poll_s)
 
     async def close(self) -> None:
@@ -118,8 +121,9 @@ class Fleet:
                 await link.close()
             elif key in listed:
                 link.missing_since = None
-                link.description = listed[key]
-                link.update_load(listed[key].load)
+                if link.description != listed[key]:
+                    link.description = listed[key]
+                    link.update_load(listed[key].load)
             elif link.missing_since is None:
                 link.missing_since = clock.now()
         for key, worker in listed.items():
@@ -128,20 +132,29 @@ class Fleet:
         self._on_change()
 
     async def _open(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
+        try:
+            await self._join(key, worker)
+        except ForebayError as error:
+            log.warning("worker %s cannot be reached: %s", worker.worker_id, error.message)
+        except Exception:
+            log.exception("worker %s cannot join", worker.worker_id)
+        finally:
+            del self._opening[key]
+        self._on_change()
+
+    async def _join(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
+        _check_usable(worker)
         channel = self._connector.connect(worker.endpoints[0].address)
         link = WorkerLink(worker, channel, self._gateway_id, self._on_change)
         try:
+            await link.check_identity()
             await link.open(Deadline.after(OPEN_S))
             await self._learn_tokenizer(link)
             self._links[key] = link
             log.info("worker %s joined", worker.worker_id)
-        except ForebayError as error:
-            log.warning("worker %s cannot be reached: %s", worker.worker_id, error.message)
         finally:
-            del self._opening[key]
             if self._links.get(key) is not link:
                 await link.close()
-        self._on_change()
 
     async def _learn_tokenizer(self, link: WorkerLink) -> None:
         """One download per distinct tokenizer. Raises Unavailable when its hash is not the one
@@ -153,6 +166,16 @@ class Fleet:
         if hashlib.sha256(data).hexdigest() != wanted:
             raise Unavailable(f"the tokenizer of {link.worker_id} does not match its hash")
         self._tokenizers[wanted] = Tokenizer(TokenizerSpec.from_bytes(data))
+
+
+def _check_usable(worker: worker_pb2.WorkerDescription) -> None:
+    """Raises Unavailable for a record that this version can do nothing with."""
+    if not worker.endpoints:
+        raise Unavailable("its record names no endpoint")
+    try:
+        role_from_proto(worker.role)
+    except KeyError:
+        raise Unavailable(f"its role {worker.role} is unknown here") from None
 
 
 def _view_of(link: WorkerLink) -> WorkerView:

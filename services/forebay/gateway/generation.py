@@ -85,6 +85,11 @@ class Completion:
     usage: Usage
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The request has its workers and has left the queue; not for clients."""
+
+
 Event = Chunk | ChoiceEnd | Completion
 
 
@@ -112,9 +117,9 @@ class Generation(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
-    def events(self) -> AsyncGenerator[Event, None]:
-        """Ends after Completion, or by raising a ForebayError. Closing the iterator early (or
-        cancelling the task that reads it) aborts the request on every worker."""
+    def events(self) -> AsyncGenerator[Placed | Event, None]:
+        """Begins with Placed; ends after Completion, or by raising a ForebayError. Closing the
+        iterator early (or cancelling the task that reads it) aborts the request on every worker."""
 
 
 class Generator(Protocol):

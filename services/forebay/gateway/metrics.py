@@ -47,11 +47,16 @@ class GatewayMetrics:
             "From a request's arrival to its last token; successful requests only",
             _REQUEST_BUCKETS,
         )
-        self.num_running = Gauge(
-            "forebay_num_requests_running",
-            "Requests admitted to the gateway and not ended",
-            ["model_name"],
-            registry=self.registry,
+        self.queue_time = self._histogram(
+            "forebay_request_queue_time_seconds",
+            "From a request's arrival until it has its workers",
+            _TTFT_BUCKETS,
+        )
+        self.num_running = self._gauge(
+            "forebay_num_requests_running", "Requests that have their workers and have not ended"
+        )
+        self.num_waiting = self._gauge(
+            "forebay_num_requests_waiting", "Requests that wait for a place on a worker"
         )
         self.prompt_tokens = self._counter(
             "forebay_prompt_tokens_total", "Prompt tokens of successful requests"
@@ -72,6 +77,9 @@ class GatewayMetrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ["model_name"], registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ["model_name", *labels], registry=self.registry)
@@ -94,11 +102,20 @@ class RequestRecord:
         self._model = model
         self._arrived_at = arrived_at
         self._inter_token = metrics.inter_token_latency.labels(model)
+        self._waiting: Gauge | None = metrics.num_waiting.labels(model)
         self._running = metrics.num_running.labels(model)
         self._first_at: dict[int, float] = {}
         self._last_at: dict[int, float] = {}
         self._num_tokens = 0
-        self._running.inc()
+        self._waiting.inc()
+
+    def placed(self, at: float) -> None:
+        """The request leaves the queue; later calls have no effect."""
+        if self._waiting is not None:
+            self._waiting.dec()
+            self._waiting = None
+            self._running.inc()
+            self._metrics.queue_time.labels(self._model).observe(at - self._arrived_at)
 
     def tokens(self, choice: int, num_tokens: int, at: float) -> None:
         last_at = self._last_at.get(choice)
@@ -125,5 +142,8 @@ class RequestRecord:
         self._metrics.count_error(error, self._model)
 
     def end(self) -> None:
-        self._running.dec()
+        if self._waiting is not None:
+            self._waiting.dec()
+        else:
+            self._running.dec()
         self._metrics.generation_tokens.labels(self._model).inc(self._num_tokens)

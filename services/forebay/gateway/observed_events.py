@@ -9,7 +9,15 @@ from contextlib import aclosing
 from forebay.core.clock import now
 from forebay.core.errors import ForebayError, InternalError, RequestCancelled
 from forebay.core.finish import FinishReason
-from forebay.gateway.generation import ChoiceEnd, Chunk, Completion, Event, Generation, Usage
+from forebay.gateway.generation import (
+    ChoiceEnd,
+    Chunk,
+    Completion,
+    Event,
+    Generation,
+    Placed,
+    Usage,
+)
 from forebay.gateway.metrics import GatewayMetrics
 
 _MERGE_BUFFER = 64
@@ -36,6 +44,9 @@ async def observed_events(
     try:
         async with aclosing(generation.events()) as events:
             async for event in events:
+                if isinstance(event, Placed):
+                    record.placed(now())
+                    continue
                 check.next(event)
                 if isinstance(event, Completion):
                     completion = event

@@ -11,7 +11,7 @@ from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.gateway.choice import ChoiceText
 from forebay.gateway.fleet import ServedModel
-from forebay.gateway.generation import Completion, Event, Usage
+from forebay.gateway.generation import Completion, Event, Placed, Usage
 from forebay.gateway.placement import Placement, Placer
 from forebay.gateway.worker_link import WorkerLink
 from forebay.rpc.conversions import finish_from_proto
@@ -82,7 +82,7 @@ class GatewayRequest:
     def token_bytes(self, token_id: int) -> bytes:
         return self._served.tokenizer.token_bytes(token_id)
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[Placed | Event, None]:
         inbox = RequestInbox()
         placement = await self._placer.place(
             self._spec,
@@ -92,6 +92,7 @@ class GatewayRequest:
             self._deadline.within(self._queue_timeout_s),
         )
         try:
+            yield Placed()
             while any(choice.finish is None for choice in self._choices):
                 link, output = await inbox.next(self._deadline)
                 for event in self._take(placement, link, output):
@@ -108,7 +109,11 @@ class GatewayRequest:
     ) -> Iterator[Event]:
         """Raises WorkerLost or Unavailable when the request cannot go on."""
         if output is None:
-            if link is placement.decode or not self._decode_began:
+            if (
+                link is placement.decode
+                or not self._decode_began
+                or any(choice.num_tokens == 0 for choice in self._choices)
+            ):
                 raise WorkerLost(f"worker {link.worker_id} was lost with the request on it")
             return
         if output.attempt != self._spec.attempt or output.choice >= len(self._choices):

@@ -61,11 +61,6 @@ class GatewayService:
         view = self._fleet.view()
         return any(can_serve(model_id, view) for model_id in self._fleet.models())
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a place on a worker."""
-        return len(self._queue)
-
     async def start(self) -> None:
         self._following = asyncio.create_task(self._fleet.run())
 

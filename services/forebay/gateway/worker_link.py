@@ -102,6 +102,16 @@ class WorkerLink:
         self.num_sent_sequences += num_sequences
         self.num_sent_tokens += num_prefill_tokens
 
+    async def check_identity(self) -> None:
+        """Raises Unavailable when another worker, or another life of this one, has its address: a
+        record outlives a worker that was killed, and addresses are used again."""
+        response = await self._call(
+            methods.DESCRIBE, worker_pb2.DescribeRequest(), Deadline.after(CALL_S)
+        )
+        there = (response.worker.worker_id, response.worker.epoch)
+        if there != (self.worker_id, self.description.epoch):
+            raise Unavailable(f"{self.address} is the address of {there[0]} now")
+
     async def get_tokenizer(self) -> bytes:
         response = await self._call(
             methods.GET_TOKENIZER, worker_pb2.GetTokenizerRequest(), Deadline.after(CALL_S)
@@ -161,6 +171,9 @@ class WorkerLink:
                 self._on_change()
         except ForebayError as error:
             reason = error.message
+        except Exception:
+            log.exception("the step stream of %s cannot be read", self.worker_id)
+            reason = "its step stream cannot be read"
         finally:
             self._lose(reason)
 

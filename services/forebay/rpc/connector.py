@@ -7,7 +7,7 @@ ForebayError; a peer that cannot be reached, or goes away, is `Unavailable`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -78,7 +78,7 @@ class Connector(Protocol):
 
 UnaryHandler = Callable[[Any], Awaitable[Any]]
 PushHandler = Callable[[AsyncIterator[Any]], Awaitable[Any]]
-DuplexHandler = Callable[[AsyncIterator[Any]], AsyncIterator[Any]]
+DuplexHandler = Callable[[AsyncIterator[Any]], AsyncGenerator[Any, None]]
 
 
 @dataclass(slots=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Generic, NoReturn
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic
 
 import grpc
 import grpc.aio
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import ForebayError
+from forebay.core.errors import Unavailable
 from forebay.rpc.connector import Channel, Duplex, Method, Request, Response
 from forebay.rpc.status import from_grpc
 
@@ -45,16 +47,15 @@ class GrpcChannel:
     async def unary(
         self, method: Method[Request, Response], request: Request, deadline: Deadline
     ) -> Response:
-        call = self._channel.unary_unary(
-            method.path, method.encode_request, method.decode_response
-        )(request, timeout=deadline.remaining_s())
-        try:
-            response: Response = await call
-            return response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, self._address) from error
-        finally:
-            call.cancel()
+        with _translated(self._address):
+            call = self._channel.unary_unary(
+                method.path, method.encode_request, method.decode_response
+            )(request, timeout=deadline.remaining_s())
+            try:
+                response: Response = await call
+                return response
+            finally:
+                call.cancel()
 
     async def push(
         self,
@@ -62,30 +63,29 @@ class GrpcChannel:
         requests: AsyncIterator[Request],
         deadline: Deadline,
     ) -> Response:
-        call = self._channel.stream_unary(
-            method.path, method.encode_request, method.decode_response
-        )(timeout=deadline.remaining_s())
-        try:
+        with _translated(self._address):
+            call = self._channel.stream_unary(
+                method.path, method.encode_request, method.decode_response
+            )(timeout=deadline.remaining_s())
             try:
                 async for request in requests:
-                    await call.write(request)
+                    if not await _written(call, request):
+                        break  # the peer ended the call early; awaiting it raises its reason
                 await call.done_writing()
-            except grpc.aio.UsageError:
-                pass  # the peer ended the call early; awaiting it below raises its reason
-            response: Response = await call
-            return response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, self._address) from error
-        finally:
-            call.cancel()
+                response: Response = await call
+                return response
+            finally:
+                call.cancel()
 
     def duplex(self, method: Method[Request, Response]) -> Duplex[Request, Response]:
-        call = self._channel.stream_stream(
-            method.path, method.encode_request, method.decode_response
-        )()
+        with _translated(self._address):
+            call = self._channel.stream_stream(
+                method.path, method.encode_request, method.decode_response
+            )()
         return GrpcDuplex(call, self._address)
 
     async def close(self) -> None:
+        """Calls under way end as Unavailable."""
         await self._channel.close()
 
 
@@ -97,35 +97,56 @@ class GrpcDuplex(Generic[Request, Response]):
         self._address = address
 
     async def send(self, message: Request) -> None:
-        try:
-            await self._call.write(message)
-        except grpc.aio.UsageError:
-            await self._raise_outcome()
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, self._address) from error
+        with _translated(self._address):
+            if not await _written(self._call, message):
+                await self._check_outcome()
+                raise Unavailable(f"{self._address}: the peer has ended the stream")
 
     async def receive(self) -> Response | None:
-        try:
+        with _translated(self._address):
             message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, self._address) from error
-        if message is not _EOF:
-            response: Response = message
-            return response
-        if await self._call.code() is not grpc.StatusCode.OK:
-            await self._raise_outcome()
-        return None
+            if message is not _EOF:
+                response: Response = message
+                return response
+            await self._check_outcome()
+            return None
 
     def cancel(self) -> None:
         self._call.cancel()
 
-    async def _raise_outcome(self) -> NoReturn:
-        metadata = dict(await self._call.trailing_metadata() or ())
-        code, details = await self._call.code(), await self._call.details()
-        raise from_grpc(code, f"{self._address}: {details}", metadata)
+    async def _check_outcome(self) -> None:
+        """Waits for the stream's end; raises unless it was in order."""
+        code = await self._call.code()
+        if code is not grpc.StatusCode.OK:
+            metadata = dict(await self._call.trailing_metadata() or ())
+            details = await self._call.details()
+            raise from_grpc(code, f"{self._address}: {details}", metadata)
 
 
-def _translated(error: grpc.aio.AioRpcError, address: str) -> ForebayError:
-    trailing: Any = error.trailing_metadata()
-    metadata = dict(trailing or ())
-    return from_grpc(error.code(), f"{address}: {error.details()}", metadata)
+async def _written(call: Any, message: Any) -> bool:
+    """False when the call has ended already."""
+    try:
+        await call.write(message)
+    except asyncio.InvalidStateError:
+        return False
+    return True
+
+
+@contextmanager
+def _translated(address: str) -> Iterator[None]:
+    """grpc.aio's own failures as ours. It raises CancelledError both when the calling task is
+    cancelled and when the call was, by closing its channel: only the first may pass for one."""
+    task = asyncio.current_task()
+    num_cancels = task.cancelling() if task else 0
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        trailing: Any = error.trailing_metadata()
+        metadata = dict(trailing or ())
+        raise from_grpc(error.code(), f"{address}: {error.details()}", metadata) from error
+    except grpc.aio.UsageError as error:
+        raise Unavailable(f"{address}: the connection is closed") from error
+    except asyncio.CancelledError:
+        if task is None or task.cancelling() > num_cancels:
+            raise
+        raise Unavailable(f"{address}: the connection was closed") from None

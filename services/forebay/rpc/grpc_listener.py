@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.so_reuseport", 0),
@@ -122,11 +124,12 @@ def _single(handler: Callable[[Any], Awaitable[Any]]) -> Any:
     return serve
 
 
-def _streaming(handler: Callable[[AsyncIterator[Any]], AsyncIterator[Any]]) -> Any:
+def _streaming(handler: Callable[[AsyncIterator[Any]], AsyncGenerator[Any, None]]) -> Any:
     async def serve(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            async for response in handler(requests):
-                yield response
+            async with aclosing(handler(requests)) as responses:
+                async for response in responses:
+                    yield response
         except ForebayError as error:
             await abort(context, error)
         except Exception:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import cast
 
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from forebay.core.errors import ConfigurationError, Unavailable
@@ -24,10 +27,16 @@ class RedisRegistry:
 
     @classmethod
     def connect(cls, url: str) -> RedisRegistry:
-        """Connects on first use. Raises ConfigurationError for a URL that is none."""
+        """Connects on first use. Raises ConfigurationError for a URL that is none.
+
+        The client's own timeouts stay off: on Python 3.11 they go through `asyncio.wait_for`,
+        which can swallow a cancellation. One retry, for a connection that Redis has closed."""
         try:
             client = redis.Redis.from_url(
-                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+                url,
+                socket_timeout=None,
+                socket_connect_timeout=None,
+                retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
             raise ConfigurationError(f"Redis URL: {error}") from error
@@ -70,7 +79,11 @@ def _key(worker_id: str) -> str:
 
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
+    """One call to Redis, within `_TIMEOUT_S`."""
     try:
-        yield
-    except (RedisError, OSError, TimeoutError) as error:
+        async with asyncio.timeout(_TIMEOUT_S):
+            yield
+    except TimeoutError as error:
+        raise Unavailable(f"Redis did not answer within {_TIMEOUT_S:.0f} s") from error
+    except (RedisError, OSError) as error:
         raise Unavailable(f"Redis: {error}") from error

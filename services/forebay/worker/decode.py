@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from forebay.core import clock
+from forebay.core.errors import KvTransferError
 from forebay.core.randomness import Rng
 from forebay.engine.engine import Engine
 from forebay.engine.sequence import RequestKey
@@ -55,10 +56,18 @@ class Reservations:
         return lease
 
     def commit(self, lease: Lease, first_tokens: list[tuple[int, int]]) -> WorkerRequest:
-        """The KV of `lease` is whole: its request goes on as running sequences."""
+        """The KV of `lease` is whole: its request goes on as running sequences. Raises
+        KvTransferError, and then changes nothing, for first tokens the request cannot have."""
         assert isinstance(lease.owner, RequestKey)
-        reservation = self._by_key.pop(lease.owner)
+        reservation = self._by_key[lease.owner]
         request = reservation.request
+        choices = {choice for choice, _ in first_tokens}
+        if len(choices) < len(first_tokens) or not choices <= set(range(request.params.n)):
+            raise KvTransferError("the commit's first tokens are not one a choice")
+        vocab_size = self._engine.runner.model.vocab_size
+        if any(token_id >= vocab_size for _, token_id in first_tokens):
+            raise KvTransferError("a first token is outside the vocabulary")
+        del self._by_key[lease.owner]
         wanted = [first for first in first_tokens if first[0] not in reservation.dropped]
         if not wanted:
             self._leases.release(lease)

@@ -39,6 +39,7 @@ class Transfers:
         assert request.target is not None
         task = asyncio.create_task(self._run(request, prefilled, request.target))
         self._tasks[request.key] = task
+        task.add_done_callback(lambda _: self._ended(request.key, task, prefilled))
 
     def abort(self, key: RequestKey) -> bool:
         """Ends the transfer of a request, without a call of `on_end`."""
@@ -65,7 +66,12 @@ class Transfers:
             log.exception("KV transfer of %s broke", request.key.request_id)
             self.num_failures += 1
             error = "KV transfer failed: internal error"
-        finally:
-            del self._tasks[request.key]
-            self._engine.release(prefilled.sequence)
+        self._engine.release(prefilled.sequence)
         self._on_end(request, prefilled, error)
+
+    def _ended(self, key: RequestKey, task: asyncio.Task[None], prefilled: Prefilled) -> None:
+        """Also for a task that was cancelled before its first line; meanwhile a newer attempt of
+        the request may have a transfer of its own."""
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+        self._engine.release(prefilled.sequence)

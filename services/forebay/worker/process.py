@@ -83,8 +83,9 @@ class WorkerProcess:
             deadline = Deadline.after(grace_s)
             while not worker.idle and not deadline.expired:
                 await asyncio.sleep(_IDLE_POLL_S)
-            await worker.close()
         await self._end(self._tasks)
+        if worker is not None:
+            await worker.close()
         if self._listener is not None:
             await self._listener.stop(_CLOSE_S)
         if self._metrics_server is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from forebay.core import clock
@@ -18,13 +18,12 @@ from forebay.rpc.v1 import worker_pb2
 MAX_BUFFERED_MESSAGES = 4096
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Stream:
-    """`generation` counts the gateway's hellos; `detached_at` is None while it reads."""
+    """One hello's stream; `detached_at` is None while its gateway reads."""
 
     buffer: deque[worker_pb2.StepsResponse] = field(default_factory=deque)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
-    generation: int = 0
     detached_at: float | None = None
     overrun: bool = False
 
@@ -54,33 +53,34 @@ class StepStreams:
 
     async def serve(
         self, gateway_id: str, hello: worker_pb2.StepsResponse
-    ) -> AsyncIterator[worker_pb2.StepsResponse]:
+    ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
         """Yields `hello`, then the gateway's messages, until the gateway leaves or says hello
         again elsewhere."""
-        stream = self._streams.setdefault(gateway_id, _Stream())
-        stream.generation += 1
-        stream.detached_at = None
-        stream.overrun = False
-        stream.buffer.clear()
-        generation = stream.generation
-        stream.filled.set()
+        stream = _Stream()
+        before, self._streams[gateway_id] = self._streams.get(gateway_id), stream
+        if before is not None:
+            before.filled.set()
         try:
             yield hello
             while True:
-                await stream.filled.wait()
-                stream.filled.clear()
-                if self._closed:
-                    raise Unavailable("the worker stops")
-                if stream.generation != generation:
-                    raise Unavailable("the gateway has opened another step stream")
-                while stream.buffer and not stream.overrun:
-                    yield stream.buffer.popleft()
-                if stream.overrun:
-                    raise Overloaded("the gateway reads its step stream too slowly")
+                self._check_current(gateway_id, stream)
+                if not stream.buffer:
+                    stream.filled.clear()
+                    await stream.filled.wait()
+                    continue
+                yield stream.buffer.popleft()
         finally:
-            if stream.generation == generation:
-                stream.detached_at = clock.now()
-                stream.buffer.clear()
+            stream.detached_at = clock.now()
+            stream.buffer.clear()
+
+    def _check_current(self, gateway_id: str, stream: _Stream) -> None:
+        """Raises Unavailable or Overloaded when `stream` has to end."""
+        if self._closed:
+            raise Unavailable("the worker stops")
+        if self._streams.get(gateway_id) is not stream:
+            raise Unavailable("the gateway has opened another step stream")
+        if stream.overrun:
+            raise Overloaded("the gateway reads its step stream too slowly")
 
     def expire(self, before: float) -> list[str]:
         """Forgets gateways that have been away since `before` or longer, and returns them."""

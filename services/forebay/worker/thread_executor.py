@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -24,9 +25,18 @@ class ThreadExecutor:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
             if not future.cancel():
-                await asyncio.wait([waiter])
+                await _until_done(waiter)
             raise
 
     def close(self) -> None:
         """Waits for the function under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def _until_done(waiter: asyncio.Future[T]) -> None:
+    """However often the caller is cancelled in the meantime; its own error is the cancellation."""
+    while not waiter.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([waiter])
+    if not waiter.cancelled():
+        waiter.exception()

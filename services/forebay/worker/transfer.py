@@ -106,16 +106,17 @@ class KvSender:
                 crc32c=checksum,
             )
             yield encode_frame(header, payload)
+        first_tokens = list(prefilled.first_tokens)
         yield encode_commit(
             kv_transfer_pb2.KvCommit(
                 lease_id=target.lease_id,
                 epoch=target.epoch,
                 num_frames=len(slices),
                 num_bytes=num_bytes,
-                crc32c=checksum_of_all,
+                crc32c=_chain_tokens(checksum_of_all, first_tokens),
                 first_tokens=[
                     kv_transfer_pb2.FirstToken(choice=choice, token_id=token_id)
-                    for choice, token_id in prefilled.first_tokens
+                    for choice, token_id in first_tokens
                 ],
             )
         )
@@ -130,6 +131,13 @@ class KvSender:
 def _chain(checksum: int, next_checksum: int) -> int:
     """CRC-32C over the checksums of all frames so far, each as four little-endian bytes."""
     return crc32c(next_checksum.to_bytes(4, "little"), checksum)
+
+
+def _chain_tokens(checksum: int, first_tokens: list[tuple[int, int]]) -> int:
+    """Goes on over each first token's choice and id."""
+    for choice, token_id in first_tokens:
+        checksum = _chain(_chain(checksum, choice), token_id)
+    return checksum
 
 
 @dataclass(slots=True)
@@ -183,8 +191,8 @@ class KvReceiver:
                 continue
             lease = self._leases.get(message.lease_id, message.epoch)
             progress = progress or self._begin(lease)
-            self._check_commit(progress, lease, message)
             first_tokens = [(first.choice, first.token_id) for first in message.first_tokens]
+            self._check_commit(progress, lease, message, first_tokens)
             self._on_commit(lease, first_tokens)
             return kv_transfer_pb2.PushResponse(num_bytes=progress.num_bytes)
         raise KvTransferError("KV transfer ended without a commit")
@@ -225,22 +233,31 @@ class KvReceiver:
             raise KvTransferError(f"frame {header.frame} where {progress.num_frames} belongs")
         if not layers or layers[-1] >= layout.num_layers:
             raise KvTransferError(f"the frame's layers {layers} are not the model's")
+        if header.num_tokens == 0:
+            raise KvTransferError("the frame carries no tokens")
         if any(progress.next_token[layer] != header.token_start for layer in layers):
             raise KvTransferError(f"the frame starts at token {header.token_start}, out of order")
         if header.token_start + header.num_tokens > lease.num_tokens:
             raise KvTransferError("the frame reaches past the leased prompt")
 
     def _check_commit(
-        self, progress: _Progress, lease: Lease, commit: kv_transfer_pb2.KvCommit
+        self,
+        progress: _Progress,
+        lease: Lease,
+        commit: kv_transfer_pb2.KvCommit,
+        first_tokens: list[tuple[int, int]],
     ) -> None:
         if lease is not progress.lease:
             raise KvTransferError("a commit for another lease than the frames")
+        if lease.num_writes:
+            raise KvTransferError("a commit while another push writes to the lease")
         if any(token != lease.num_tokens for token in progress.next_token):
             raise KvTransferError("commit before all of the KV has arrived")
-        counted = (progress.num_frames, progress.num_bytes, progress.checksum)
+        checksum = _chain_tokens(progress.checksum, first_tokens)
+        counted = (progress.num_frames, progress.num_bytes, checksum)
         if counted != (commit.num_frames, commit.num_bytes, commit.crc32c):
             raise KvTransferError("the commit's counts or checksum differ from what arrived")
-        if not commit.first_tokens:
+        if not first_tokens:
             raise KvTransferError("a commit without first tokens")
 
     def _import(self, block_table: list[int], frame: Frame) -> None:

@@ -6,10 +6,11 @@ No sockets, threads or clocks of its own: it runs as it is in the simulator.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from forebay.core import clock
-from forebay.core.errors import InvalidRequest, Overloaded, Unavailable
+from forebay.core.errors import InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from forebay.core.executor import Executor
 from forebay.core.randomness import Rng
 from forebay.core.settings import WorkerSettings
@@ -22,7 +23,7 @@ from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc import methods
 from forebay.rpc.connector import Connector, Routes
 from forebay.rpc.conversions import role_to_proto
-from forebay.rpc.v1 import worker_pb2
+from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.decode import Reservations
 from forebay.worker.engine_loop import EngineLoop
 from forebay.worker.metrics import WorkerMetrics
@@ -34,6 +35,8 @@ from forebay.worker.transfer import ConnectorKvTransport, KvReceiver, KvSender
 PROTOCOL_VERSION = 1
 SWEEP_S = 0.25
 """How often leases, deadlines and absent gateways are looked at."""
+ABORT_MEMORY_S = 30.0
+"""How long an abort that found nothing is remembered: its request may have been overtaken."""
 PREFILL_QUEUE_STEPS = 2
 """Prompt tokens that may wait here, in full steps: the rest waits in the gateways' queues."""
 
@@ -58,6 +61,7 @@ class Worker:
         self._runner = runner
         self._max_queued_tokens = PREFILL_QUEUE_STEPS * settings.engine.max_batch_tokens
         self._requests: dict[RequestKey, WorkerRequest] = {}
+        self._aborted: dict[RequestKey, tuple[int, float]] = {}
         self._num_requests = 0
         self.engine = Engine(
             runner,
@@ -84,7 +88,7 @@ class Worker:
                 (methods.ABORT, self.abort),
                 (methods.DRAIN, self.drain),
             ],
-            push=[(methods.KV_PUSH, self._receiver.push)],
+            push=[(methods.KV_PUSH, self.push)],
             duplex=[(methods.STEPS, self.steps)],
         )
 
@@ -202,22 +206,32 @@ class Worker:
         self._enter(request)
         return worker_pb2.PrefillResponse()
 
+    async def push(self, messages: AsyncIterator[bytes]) -> kv_transfer_pb2.PushResponse:
+        try:
+            return await self._receiver.push(messages)
+        finally:
+            self._loop.wake()  # blocks may have left quarantine
+
     async def steps(
         self, messages: AsyncIterator[worker_pb2.StepsRequest]
-    ) -> AsyncIterator[worker_pb2.StepsResponse]:
+    ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
         hello: worker_pb2.StepsRequest | None = await anext(messages, None)
         if hello is None or not hello.hello.gateway_id:
             raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
         answer = worker_pb2.StepsResponse(load=self.load())
-        async for message in self._streams.serve(hello.hello.gateway_id, answer):
-            yield message
+        async with aclosing(self._streams.serve(hello.hello.gateway_id, answer)) as stream:
+            async for message in stream:
+                yield message
 
     async def abort(self, message: worker_pb2.AbortRequest) -> worker_pb2.AbortResponse:
         key = RequestKey(message.gateway_id, message.request_id)
         request = self._requests.get(key)
         if request is not None and request.attempt > message.attempt:
             return worker_pb2.AbortResponse(found=False)
-        return worker_pb2.AbortResponse(found=self._abort(key, frozenset(message.choices)))
+        found = self._abort(key, frozenset(message.choices))
+        if not found and not message.choices:
+            self._aborted[key] = (message.attempt, clock.now())
+        return worker_pb2.AbortResponse(found=found)
 
     async def drain(self, message: worker_pb2.DrainRequest) -> worker_pb2.DrainResponse:
         """Refuses new work at once; the registry says so with the next heartbeat."""
@@ -235,6 +249,8 @@ class Worker:
         request = accept(spec, self._runner.model)
         if not self._streams.is_attached(request.key.gateway_id):
             raise Unavailable("the gateway has no step stream to this worker")
+        if request.key in self._aborted and self._aborted[request.key][0] >= request.attempt:
+            raise RequestCancelled(f"attempt {request.attempt} was aborted before it came")
         known = self._requests.get(request.key)
         if known is not None and known.attempt > request.attempt:
             raise InvalidRequest(f"attempt {request.attempt} is over", param="attempt")
@@ -247,12 +263,14 @@ class Worker:
 
     def _check_room(self, request: WorkerRequest) -> None:
         """Raises Overloaded: a prompt is let in only if every running sequence could still grow by
-        a block, and a slot of the batch is free for each of its choices."""
+        a block, those that wait (preempted ones too) could start, and a slot of the batch is free
+        for each of its choices."""
         pool, engine = self.engine.pool, self.engine
         num_seqs = engine.num_running + engine.num_waiting + len(self._reservations)
         if num_seqs and num_seqs + request.params.n > engine.max_num_seqs:
             raise Overloaded(f"{num_seqs} sequences are here already")
-        if pool.num_available - pool.blocks_for(len(request.prompt)) < engine.num_running:
+        wanted = engine.num_waiting_blocks + pool.blocks_for(len(request.prompt))
+        if pool.num_available - wanted < engine.num_running:
             raise Overloaded("not enough free KV blocks")
 
     def _reserved(self, lease: Lease) -> worker_pb2.ReserveResponse:
@@ -357,6 +375,9 @@ class Worker:
             choices = tuple(sorted(request.going_on))
             self._fail(request, choices, "the request's deadline passed")
             self._abort(request.key, frozenset())
+        forgotten = clock.now() - ABORT_MEMORY_S
+        for key in [key for key, (_, since) in self._aborted.items() if since <= forgotten]:
+            del self._aborted[key]
         gone = self._streams.expire(clock.now() - self._settings.gateway_grace_s)
         for key in [key for key in self._requests if key.gateway_id in gone]:
             self._abort(key, frozenset())

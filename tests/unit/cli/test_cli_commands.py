@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+
 from forebay.cli.main import main
 from forebay.cli.status import size
 from forebay.deploy.ports import free_ports

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from forebay.client import Event, ForebayClient
 from forebay.core import errors
 from forebay.deploy.ports import free_ports

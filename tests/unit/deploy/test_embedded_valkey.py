@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from forebay.core.errors import ConfigurationError
 from forebay.deploy import valkey
 from forebay.deploy.ports import LOOPBACK, check_port, free_ports

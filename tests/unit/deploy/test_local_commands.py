@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from forebay.core.errors import ConfigurationError, ModelFileError, Unavailable
 from forebay.deploy import local
 from forebay.deploy.options import PlatformPlan, UpOptions, make_plan
@@ -161,6 +162,17 @@ def test_up_with_a_redis_that_is_not_there(folder: Path, monkeypatch: pytest.Mon
     assert [event.stage for event in events] == [Stage.REDIS, Stage.STOPPING]
     assert read_run_state(folder) is None
     assert "Redis" in (folder / "logs" / "supervisor.log").read_text()
+
+
+def test_up_where_sockets_do_not_fit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_path = tmp_path / ("x" * 60)
+    long_path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long_path))
+    with pytest.raises(Unavailable, match="set TMPDIR to a shorter one"):
+        local.start(sim_plan(), ignore)
+    assert list(long_path.iterdir()) == []
 
 
 def test_two_at_once(folder: Path) -> None:

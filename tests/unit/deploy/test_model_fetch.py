@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from forebay.core.errors import ModelFileError
 from forebay.deploy import models
 from forebay.deploy.models import PackagedModel, ensure_packaged_model, resolve_model

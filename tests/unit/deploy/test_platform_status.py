@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from forebay.deploy.ports import LOOPBACK, free_ports
 from forebay.deploy.processes import ProcessRecord
 from forebay.deploy.run_state import RunState

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
 from forebay.deploy.processes import (
     INSTANCE_VARIABLE,
     ProcessRecord,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from forebay.core.errors import ConfigurationError
 from forebay.deploy.processes import ProcessRecord
 from forebay.deploy.run_state import RunState, read_run_state, remove_run_state, write_run_state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+
 from forebay.deploy.progress import Event, ProgressWriter, Stage
 from forebay.deploy.serve_messages import root_cause
 
@@ -44,6 +45,11 @@ def test_a_reader_that_left_is_no_error() -> None:
         ),
         ("Error:\nTraceback\n  File\nRuntimeError: out of luck\n\n", "RuntimeError: out of luck"),
         ("The replica died", "The replica died"),
+        (
+            "A replica failed to start with exception. Error:\nActorDiedError()",
+            "its process died; if memory ran out, take fewer workers, a smaller model"
+            " or a smaller --kv-memory-mib",
+        ),
     ],
 )
 def test_root_cause(message: str, cause: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from forebay.core.errors import ConfigurationError
 from forebay.core.roles import WorkerRole
 from forebay.core.settings import DEFAULT_MODEL

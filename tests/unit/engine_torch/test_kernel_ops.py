@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from forebay_kernels import ops
 from torch import Tensor
+
+from forebay_kernels import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)

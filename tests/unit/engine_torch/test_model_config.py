@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from forebay.core.errors import ModelFileError
-from forebay.engine.config import FactorScaling, LinearScaling, Llama3Scaling, ModelConfig
-from forebay.engine.models.rope import inverse_frequencies
 from tiny_models import ROPE_LLAMA3
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from forebay.core.errors import ModelFileError
+from forebay.engine.config import FactorScaling, LinearScaling, Llama3Scaling, ModelConfig
+from forebay.engine.models.rope import inverse_frequencies
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -116,7 +117,6 @@ def test_rope_of_gguf() -> None:
 def test_frequencies_equal_transformers(tmp_path: Path, rope: dict[str, Any]) -> None:
     config = from_hf(tmp_path, rope_parameters=rope, head_dim=64)
     reference = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=rope, head_dim=64))
-    # transformers divides the positions instead where scaling is linear: the same product
     torch.testing.assert_close(inverse_frequencies(config), reference.inv_freq, rtol=1e-6, atol=0)
 
 

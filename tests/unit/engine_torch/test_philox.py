@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from forebay.engine.philox import Words, philox4x32, uniform
 
 FULL = 0xFFFFFFFF

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from forebay.core.errors import InternalError
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import SampledToken, ScheduledSequence
 from forebay.engine.philox import uniform
 from forebay.engine.sampler import _draw, adjust, sample, truncate
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 VOCAB_SIZE = 50
 

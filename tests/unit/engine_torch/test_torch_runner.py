@@ -6,16 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from forebay.core.errors import (
-    ConfigurationError,
-    InternalError,
-    KvTransferError,
-    ModelFileError,
-)
-from forebay.core.sampling import SamplingParams
-from forebay.engine.interface import Batch, StepResult
-from forebay.rpc.v1 import worker_pb2
-from forebay.text.spec import TokenizerSpec
 from tiny_models import (
     GREEDY,
     ROPE_LLAMA3,
@@ -32,6 +22,17 @@ from tiny_models import (
     step_logits,
 )
 from transformers import LlamaForCausalLM
+
+from forebay.core.errors import (
+    ConfigurationError,
+    InternalError,
+    KvTransferError,
+    ModelFileError,
+)
+from forebay.core.sampling import SamplingParams
+from forebay.engine.interface import Batch, StepResult
+from forebay.rpc.v1 import worker_pb2
+from forebay.text.spec import TokenizerSpec
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {},

@@ -9,16 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from forebay.core.errors import ModelFileError
-from forebay.engine.weights.from_gguf import (
-    GgufSource,
-    canonical_name,
-    gguf_config,
-    gguf_name,
-    gguf_revision,
-    open_gguf,
-    undo_permutation,
-)
 from tiny_models import (
     GREEDY,
     Stream,
@@ -29,6 +19,17 @@ from tiny_models import (
     step_logits,
 )
 from transformers import LlamaForCausalLM
+
+from forebay.core.errors import ModelFileError
+from forebay.engine.weights.from_gguf import (
+    GgufSource,
+    canonical_name,
+    gguf_config,
+    gguf_name,
+    gguf_revision,
+    open_gguf,
+    undo_permutation,
+)
 
 VOCAB_SIZE = 97
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

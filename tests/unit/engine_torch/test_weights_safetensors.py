@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from forebay.core.errors import ModelFileError
-from forebay.engine.weights.checkpoint import open_checkpoint
-from forebay.engine.weights.from_safetensors import SafetensorsSource, safetensors_revision
 from safetensors.torch import load_file, save_file
 from tiny_models import Stream as Sequence
 from tiny_models import load_tiny, random_tokens, save_tiny_llama, step_logits
+
+from forebay.core.errors import ModelFileError
+from forebay.engine.weights.checkpoint import open_checkpoint
+from forebay.engine.weights.from_safetensors import SafetensorsSource, safetensors_revision
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"

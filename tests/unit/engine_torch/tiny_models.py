@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from forebay.core.sampling import SamplingParams
 from forebay.engine.inputs import build_inputs
 from forebay.engine.interface import Batch, SampledToken, ScheduledSequence
 from forebay.engine.torch_runner import TorchRunner, load_torch_runner
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 97
 GREEDY = SamplingParams(temperature=0.0)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import httpx
+
 from forebay.core.errors import InvalidRequest, NotFound
 from forebay.core.finish import FinishReason
 from forebay.core.randomness import Rng
@@ -21,6 +22,7 @@ from forebay.gateway.generation import (
     Event,
     GenerationRequest,
     ModelCard,
+    Placed,
     TokenPrompt,
     Usage,
 )
@@ -61,10 +63,11 @@ class FakeGeneration:
     def token_bytes(self, token_id: int) -> bytes:
         return f"t{token_id}".encode()
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self) -> AsyncGenerator[Placed | Event, None]:
         self._owner.num_open += 1
         self._owner.started.set()
         try:
+            yield Placed()
             async for event in self._owner.script(self._request):
                 yield event
             self._owner.num_finished += 1

@@ -7,6 +7,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from gateway_fakes import MODEL, VOCAB_SIZE, WAIT_S, Edges, FakeGenerator, hello, running_edges
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from forebay.core import errors
 from forebay.core.finish import FinishReason
 from forebay.gateway.generation import (
@@ -21,10 +26,6 @@ from forebay.gateway.generation import (
 from forebay.gateway.grpc_service import SERVICE_NAME
 from forebay.rpc.v1 import inference_pb2 as pb
 from forebay.rpc.v1 import inference_pb2_grpc
-from gateway_fakes import MODEL, VOCAB_SIZE, WAIT_S, Edges, FakeGenerator, hello, running_edges
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 
 class Client:

@@ -5,6 +5,18 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
+from gateway_fakes import (
+    MODEL,
+    WAIT_S,
+    Edges,
+    FakeGenerator,
+    chat_body,
+    edge_settings,
+    hello,
+    running_edges,
+    sse_data,
+)
+
 from forebay.core import errors
 from forebay.core.finish import FinishReason
 from forebay.gateway.generation import (
@@ -17,17 +29,6 @@ from forebay.gateway.generation import (
     TextPrompt,
     TokenPrompt,
     Usage,
-)
-from gateway_fakes import (
-    MODEL,
-    WAIT_S,
-    Edges,
-    FakeGenerator,
-    chat_body,
-    edge_settings,
-    hello,
-    running_edges,
-    sse_data,
 )
 
 

@@ -8,6 +8,18 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 import pytest
+from gateway_fakes import (
+    MODEL,
+    WAIT_S,
+    Edges,
+    FakeGenerator,
+    Script,
+    chat_body,
+    edge_settings,
+    hello,
+    running_edges,
+)
+
 from forebay.core.errors import InternalError
 from forebay.core.finish import FinishReason
 from forebay.gateway import openai_route
@@ -21,17 +33,6 @@ from forebay.gateway.generation import (
     Usage,
 )
 from forebay.gateway.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
-from gateway_fakes import (
-    MODEL,
-    WAIT_S,
-    Edges,
-    FakeGenerator,
-    Script,
-    chat_body,
-    edge_settings,
-    hello,
-    running_edges,
-)
 
 
 async def never(request: GenerationRequest) -> AsyncGenerator[Event, None]:

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import openai
 import pytest
+from gateway_fakes import MODEL, WAIT_S, Edges, FakeGenerator, running_edges
+
 from forebay.core import errors
 from forebay.gateway.generation import Chunk, Event, GenerationRequest
-from gateway_fakes import MODEL, WAIT_S, Edges, FakeGenerator, running_edges
 
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 

@@ -6,16 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
-from forebay.core import errors
-from forebay.core.finish import FinishReason
-from forebay.gateway.generation import (
-    ChoiceEnd,
-    Chunk,
-    Completion,
-    Event,
-    GenerationRequest,
-    Usage,
-)
 from gateway_fakes import (
     MODEL,
     WAIT_S,
@@ -26,6 +16,17 @@ from gateway_fakes import (
     running_edges,
     sse_data,
     token,
+)
+
+from forebay.core import errors
+from forebay.core.finish import FinishReason
+from forebay.gateway.generation import (
+    ChoiceEnd,
+    Chunk,
+    Completion,
+    Event,
+    GenerationRequest,
+    Usage,
 )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from forebay.core.errors import InvalidRequest
-from forebay.text.control import AddedToken, ControlTokens, Placeholders
-from forebay.text.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from text_builders import byte_spec
+
+from forebay.core.errors import InvalidRequest
+from forebay.text.control import AddedToken, ControlTokens, Placeholders
+from forebay.text.tokenizer import Tokenizer
 
 USER = "<\uff5cUser\uff5c>"
 TOOL_CALLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"

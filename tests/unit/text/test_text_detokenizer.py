@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_builders import byte_spec, trained_sentencepiece
+
 from forebay.text.detokenizer import IncrementalDetokenizer, StopWatcher
 from forebay.text.sim import sim_tokenizer_spec
 from forebay.text.spec import TokenizerSpec
 from forebay.text.tokenizer import Tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
-from text_builders import byte_spec, trained_sentencepiece
 
 SIM = Tokenizer(sim_tokenizer_spec())
 

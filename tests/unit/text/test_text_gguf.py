@@ -7,9 +7,6 @@ from typing import Any
 
 import gguf
 import pytest
-from forebay.core.errors import ModelFileError
-from forebay.text.gguf_tokenizer import spec_from_gguf, spec_from_gguf_reader
-from forebay.text.tokenizer import Tokenizer
 from text_builders import (
     GPT2_PATTERN,
     LLAMA3_PATTERN,
@@ -19,6 +16,10 @@ from text_builders import (
     write_gguf,
 )
 from tokenizers import Tokenizer as FastTokenizer
+
+from forebay.core.errors import ModelFileError
+from forebay.text.gguf_tokenizer import spec_from_gguf, spec_from_gguf_reader
+from forebay.text.tokenizer import Tokenizer
 
 AB: dict[str, Any] = {
     "model": "gpt2",

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_builders import LLAMA3_PATTERN, trained_byte_level
+
 from forebay.core.errors import ModelFileError
 from forebay.text.hf_tokenizer import spec_from_folder
 from forebay.text.tokenizer import Tokenizer
-from text_builders import LLAMA3_PATTERN, trained_byte_level
 
 FAST = trained_byte_level(LLAMA3_PATTERN)
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from forebay.text.sim import sim_tokenizer_spec
-from forebay.text.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from forebay.text.sim import sim_tokenizer_spec
+from forebay.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(sim_tokenizer_spec())
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+
 from forebay.core.errors import ModelFileError
 from forebay.text.spec import TokenizerSpec
 

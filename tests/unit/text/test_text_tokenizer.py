@@ -6,13 +6,14 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from text_builders import byte_spec, trained_sentencepiece
+
 from forebay.core.errors import InvalidRequest, ModelFileError
 from forebay.text.client_data import MAX_TEXT_CHARS
 from forebay.text.sim import sim_tokenizer_spec
 from forebay.text.spec import TokenizerSpec
 from forebay.text.tokenizer import Tokenizer
 from forebay.text.tokenizer_json import template_processing
-from text_builders import byte_spec, trained_sentencepiece
 
 HI = [{"role": "user", "content": "hi"}]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from forebay.text.sim import sim_tokenizer_spec
 from forebay.text.spec import TokenizerSpec
 from forebay.text.tokenizer_json import added_token
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CHATML = sim_tokenizer_spec().chat_template
 

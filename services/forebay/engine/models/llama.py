@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from forebay_kernels import ops
 from torch import Tensor
 
 from forebay.engine.config import ModelConfig
 from forebay.engine.inputs import StepInputs
 from forebay.engine.models.rope import inverse_frequencies
 from forebay.engine.weights.source import TensorSource, check_tensors
+from forebay_kernels import ops
 
 KvCaches = Seq[tuple[Tensor, Tensor]]
 """Per layer the key and the value cache, both [num_blocks, block_size, num_kv_heads, head_dim]."""

@@ -141,7 +141,9 @@ class KvCommit(_message.Message):
     num_frames: _builtins.int
     num_bytes: _builtins.int
     crc32c: _builtins.int
-    """CRC-32C over the frames' checksums, little endian, in order."""
+    """CRC-32C over the frames' checksums in order, then choice and token id of each first token, all
+    of them as four bytes, little endian.
+    """
     @_builtins.property
     def first_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___FirstToken]:
         """The tokens sampled by the prefill worker, for the choices that go on."""
