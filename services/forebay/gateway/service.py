@@ -173,15 +173,16 @@ def _prompt_param(request: GenerationRequest) -> str:
 
 def _tokenize(request: GenerationRequest, served: ServedModel) -> list[int]:
     prompt = request.prompt
+    max_chars = served.tokenizer.max_chars(served.max_model_len)
     match prompt:
         case TextPrompt(text):
-            tokens = served.tokenizer.encode_text(text)
+            tokens = served.tokenizer.encode_text(text, max_chars=max_chars)
         case TokenPrompt(ids):
             if any(not 0 <= token_id < served.info.vocab_size for token_id in ids):
                 raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
             tokens = list(ids)
         case ChatPrompt(messages):
-            tokens = served.tokenizer.encode_chat(messages)
+            tokens = served.tokenizer.encode_chat(messages, max_chars=max_chars)
     if not tokens:
         name = _prompt_param(request)
         raise InvalidRequest(f"{name}: is empty", param=name)

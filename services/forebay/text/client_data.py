@@ -53,10 +53,11 @@ def check_text(text: str, path: str) -> None:
         ) from error
 
 
-def check_length(num_chars: int, path: str) -> None:
-    if num_chars > MAX_TEXT_CHARS:
+def check_length(num_chars: int, path: str, max_chars: int) -> None:
+    limit = min(max_chars, MAX_TEXT_CHARS)
+    if num_chars > limit:
         raise InvalidRequest(
-            f"{path}: {num_chars} characters are more than {MAX_TEXT_CHARS}",
+            f"{path}: {num_chars} characters are more than the {limit} that can fit",
             param=path,
             code="context_length_exceeded",
         )

@@ -8,6 +8,7 @@ from datetime import datetime
 from forebay.core.errors import InvalidRequest
 from forebay.text.chat_template import ChatTemplate, TemplateRejected
 from forebay.text.client_data import (
+    MAX_TEXT_CHARS,
     check_length,
     check_messages,
     check_text,
@@ -33,6 +34,7 @@ class Tokenizer:
         """`wall_clock`: local time for templates that print the date. Raises ModelFileError."""
         tokenizer = parse_tokenizer_json(spec.tokenizer_json)
         self._vocabulary = Vocabulary.from_json(tokenizer)
+        self._longest_piece = max(map(len, self._vocabulary.pieces), default=1)
         self._plain = PlainTokenizers.from_json(tokenizer, self._vocabulary.control)
         self._template = (
             ChatTemplate(spec.chat_template, wall_clock) if spec.chat_template else None
@@ -73,11 +75,18 @@ class Tokenizer:
         """Whether a decoded text begins without the space its first token may have in front."""
         return self._vocabulary.strips_space
 
-    def encode_text(self, text: str, *, param: str = "prompt") -> list[int]:
+    def max_chars(self, num_tokens: int) -> int:
+        """No text with more characters fits into `num_tokens`: seen before it is encoded, a text
+        that is far too long costs nothing."""
+        return num_tokens * self._longest_piece
+
+    def encode_text(
+        self, text: str, *, param: str = "prompt", max_chars: int = MAX_TEXT_CHARS
+    ) -> list[int]:
         """Ids of a completion prompt, with BOS and EOS where the model's tokenizer adds them.
         Raises InvalidRequest naming `param`."""
         check_text(text, param)
-        check_length(len(text), param)
+        check_length(len(text), param, max_chars)
         ids: list[int] = self._plain.first.encode(text).ids
         return ids
 
@@ -86,6 +95,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = True,
+        max_chars: int = MAX_TEXT_CHARS,
         **template_kwargs: object,
     ) -> list[int]:
         """Ids of a rendered conversation. `template_kwargs` (tools, documents, enable_thinking...)
@@ -101,7 +111,7 @@ class Tokenizer:
         for name, value in template_kwargs.items():
             texts.extend(strings_in(value, name))
         num_chars = sum(map(len, texts))
-        check_length(num_chars, "messages")
+        check_length(num_chars, "messages", max_chars)
         placeholders = self._placeholders(texts)
 
         def protect(text: str, assistant: bool) -> str:
