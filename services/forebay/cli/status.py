@@ -12,8 +12,6 @@ from rich.table import Table
 from forebay.cli.console import running_platform
 from forebay.deploy.status import PlatformStatus, WorkerState, WorkerStatus, platform_status
 
-WIDTH_WITH_IDS = 110
-
 _STATE_STYLES = {
     WorkerState.READY: "green",
     WorkerState.DRAINING: "yellow",
@@ -31,33 +29,35 @@ def status(as_json: bool) -> None:
         return
     console = Console(highlight=False)
     if report.workers:
-        console.print(_table(report, with_ids=console.width >= WIDTH_WITH_IDS))
+        console.print(_table(report))
+        console.print("free, used, leased, cached: KV blocks; sent, received: KV bytes")
     _print_summary(console, report)
 
 
-def _table(report: PlatformStatus, with_ids: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("worker", "role", "address", "state")[not with_ids :]:
+def _table(report: PlatformStatus) -> Table:
+    """Narrow enough for 80 columns; ids and more are in the JSON."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("role", "address", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("run/wait", "KV free", "KV out/in", "tok in/out"):
+    for name in ("run", "wait", "free", "used", "leased", "cached", "sent", "received"):
         table.add_column(name, no_wrap=True, justify="right")
     for item in report.workers:
-        table.add_row(*_row(item)[not with_ids :])
+        table.add_row(*_row(item))
     return table
 
 
 def _row(item: WorkerStatus) -> list[str]:
-    worker, counters = item.worker, item.worker.counters
-    blocks = worker.load.kv_blocks
+    load, counters = item.worker.load, item.worker.counters
+    blocks = load.kv_blocks
+    sequences = (load.num_running, load.num_waiting)
+    states = (blocks.free, blocks.used, blocks.leased, blocks.cached)
     return [
-        worker.worker_id,
         item.role,
         item.address,
         f"[{_STATE_STYLES[item.state]}]{item.state.value}[/]",
-        f"{worker.load.num_running}/{worker.load.num_waiting}",
-        f"{blocks.free}/{blocks.total}",
-        f"{size(counters.kv_bytes_sent)}/{size(counters.kv_bytes_received)}",
-        f"{counters.prompt_tokens}/{counters.generation_tokens}",
+        *map(str, sequences + states),
+        size(counters.kv_bytes_sent),
+        size(counters.kv_bytes_received),
     ]
 
 

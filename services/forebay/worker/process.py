@@ -70,7 +70,8 @@ class WorkerProcess:
             raise InternalError("the worker has not started")
         for task in self._tasks:
             if task.done():
-                raise InternalError(f"the worker's {task.get_name()} task has ended")
+                cause = None if task.cancelled() else task.exception()
+                raise InternalError(f"the worker's {task.get_name()} task has ended: {cause!r}")
         self._worker.check_health()
 
     async def stop(self, grace_s: float) -> None:
@@ -95,17 +96,19 @@ class WorkerProcess:
         await self._registry.close()
 
     async def _heartbeat(self, worker: Worker) -> None:
-        """Without Redis the worker goes on: gateways keep the list they know."""
-        reachable = True
+        """Without Redis the worker goes on: gateways keep the list they know. A worker that is
+        not healthy falls silent, so that no gateway chooses it."""
+        complaint = ""
         while True:
             await asyncio.sleep(self._settings.heartbeat_s)
             try:
+                self.check_health()
                 await self._registry.publish(worker.description(), self._settings.registry_ttl_s)
-                reachable = True
-            except Unavailable as error:
-                if reachable:
-                    log.warning("heartbeat failed: %s", error.message)
-                reachable = False
+                complaint = ""
+            except (InternalError, Unavailable) as error:
+                if error.message != complaint:
+                    log.warning("no heartbeat: %s", error.message)
+                complaint = error.message
 
     async def _end(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         ended = list(tasks)

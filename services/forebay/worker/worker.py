@@ -93,14 +93,17 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """The engine's steps and the sweeps, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._loop.run())
-            tasks.create_task(self._sweep_forever())
+        """The engine's steps and the sweeps, until cancelled. However it ends, it ends the step
+        streams too, so that no gateway waits for steps that will not come."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._loop.run())
+                tasks.create_task(self._sweep_forever())
+        finally:
+            self._streams.close()
 
     async def close(self) -> None:
         """After `run` has ended: cuts what is still open."""
-        self._streams.close()
         await self._transfers.close()
         await self._transport.close()
 

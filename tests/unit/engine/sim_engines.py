@@ -1,0 +1,129 @@
+"""Engines over the sim runner, driven by hand, and what each request should answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from forebay.core.sampling import SamplingParams
+from forebay.engine.engine import Engine, Prefilled, StepOutcome
+from forebay.engine.profile import StepProfile
+from forebay.engine.sequence import RequestKey
+from forebay.engine.sim import SimRunner
+from forebay.kv.block_hash import HashChain, cache_root
+from forebay.kv.block_pool import OutOfBlocks
+from forebay.kv.leases import LeaseTable
+
+ROOT = cache_root(b"salt", "sim")
+INSTANT = StepProfile(((1, 1e-9),), 0.0, 0.0, 0.0)
+
+
+def sim_runner(num_blocks: int, block_size: int = 4) -> SimRunner:
+    return SimRunner(
+        model_id="sim",
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=4096,
+        profile=INSTANT,
+        time_scale=0.0,
+        mean_output_tokens=64,
+    )
+
+
+def sim_engine(
+    num_blocks: int, *, block_size: int = 4, max_batch_tokens: int = 16, max_num_seqs: int = 8
+) -> Engine:
+    return Engine(
+        sim_runner(num_blocks, block_size),
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+@dataclass
+class Job:
+    name: str
+    prompt: list[int]
+    params: SamplingParams
+
+    @property
+    def key(self) -> RequestKey:
+        return RequestKey("gateway", self.name)
+
+
+@dataclass
+class Answers:
+    """Tokens by (request, choice), checked to come in order and to end once."""
+
+    tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    ended: set[tuple[str, int]] = field(default_factory=set)
+    prefilled: list[Prefilled] = field(default_factory=list)
+    cached: dict[str, int] = field(default_factory=dict)
+
+    def add(self, outcome: StepOutcome) -> None:
+        for output in outcome.outputs:
+            choice = (output.key.request_id, output.choice)
+            tokens = self.tokens.setdefault(choice, [])
+            assert choice not in self.ended
+            assert output.offset == len(tokens)
+            tokens.append(output.token.token_id)
+            if output.offset == 0:
+                self.cached[output.key.request_id] = output.num_cached_tokens
+            if output.finish is not None:
+                self.ended.add(choice)
+        self.prefilled += outcome.prefilled
+
+
+def submit(engine: Engine, job: Job, *, prefill_only: bool = False) -> None:
+    engine.submit(job.key, 1, job.prompt, job.params, ROOT, prefill_only=prefill_only)
+
+
+def step(engine: Engine, answers: Answers) -> bool:
+    batch = engine.begin_step()
+    if batch is None:
+        return False
+    answers.add(engine.end_step(batch, engine.runner.run(batch)))
+    engine.check_integrity()
+    return True
+
+
+def run_out(engine: Engine, answers: Answers) -> Answers:
+    while step(engine, answers):
+        pass
+    return answers
+
+
+def alone(job: Job) -> dict[tuple[str, int], list[int]]:
+    """The answer of an undisturbed run in a big pool, whole prompt in one step."""
+    engine = sim_engine(1024, max_batch_tokens=4096)
+    submit(engine, job)
+    return run_out(engine, Answers()).tokens
+
+
+def all_blocks_back(engine: Engine) -> bool:
+    counts = engine.pool.counts()
+    return counts.free + counts.cached == counts.total and engine.num_sequences == 0
+
+
+def adopt_from(
+    source: Engine, prefilled: Prefilled, target: Engine, leases: LeaseTable, job: Job
+) -> bool:
+    """Moves a computed prompt between engines as a KV transfer would; False without room."""
+    hashes = HashChain(ROOT, target.pool.block_size).upto(job.prompt)
+    try:
+        lease = leases.grant(job.name, job.key, hashes, len(job.prompt), 1.0)
+    except OutOfBlocks:
+        return False
+    start = lease.num_cached_tokens
+    part = (start, len(job.prompt) - start, 0, source.runner.kv_layout.num_layers)
+    payload = source.runner.export_kv(prefilled.sequence.block_table, *part)
+    target.runner.import_kv(lease.block_table, *part, memoryview(payload))
+    target.adopt(
+        job.key,
+        1,
+        job.prompt,
+        job.params,
+        ROOT,
+        leases.take(lease),
+        list(prefilled.first_tokens),
+    )
+    return True
