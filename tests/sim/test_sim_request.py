@@ -11,7 +11,7 @@ import pytest
 
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
-from forebay.core.settings import EngineSettings
+from forebay.core.settings import EngineSettings, WorkerSettings
 from forebay.gateway.generation import (
     ChatPrompt,
     ChoiceEnd,
@@ -107,6 +107,24 @@ def test_choices_share_a_prompt_and_differ() -> None:
 def test_one_token_answer_releases_the_reservation() -> None:
     events = run_request(PlatformOptions(seed=1), replace(REQUEST, max_tokens=1))
     assert [type(event) for event in events] == [Chunk, ChoiceEnd, Completion]
+
+
+def test_first_token_comes_before_the_kv_has_moved() -> None:
+    async def main() -> None:
+        options = PlatformOptions(seed=5, worker=WorkerSettings(kv_frame_kib=1))
+        async with SimulatedPlatform(options) as platform:
+            long = ChatPrompt([{"role": "user", "content": "x" * 1000}])
+            stream = platform.gateway.prepare(replace(REQUEST, prompt=long)).events()
+            while not isinstance(await anext(stream), Chunk):
+                pass
+            decode = platform.workers[1]
+            assert decode.load().kv_blocks.leased > 0
+            assert decode.engine.num_sequences == 0
+            rest = [event async for event in stream]
+            assert isinstance(rest[-1], Completion)
+            await platform.settle()
+
+    loop.run(main())
 
 
 def test_stop_string_ends_the_request_in_both_pools() -> None:
