@@ -19,6 +19,7 @@ from forebay.gateway.generation import (
     Completion,
     Event,
     GenerationRequest,
+    Placed,
 )
 from forebay.simulator import loop
 from forebay.simulator.platform import PlatformOptions, SimulatedPlatform
@@ -106,7 +107,7 @@ def test_choices_share_a_prompt_and_differ() -> None:
 
 def test_one_token_answer_releases_the_reservation() -> None:
     events = run_request(PlatformOptions(seed=1), replace(REQUEST, max_tokens=1))
-    assert [type(event) for event in events] == [Chunk, ChoiceEnd, Completion]
+    assert [type(event) for event in events] == [Placed, Chunk, ChoiceEnd, Completion]
 
 
 def test_first_token_comes_before_the_kv_has_moved() -> None:

@@ -121,6 +121,7 @@ class Fleet:
                 await link.close()
             elif key in listed:
                 link.missing_since = None
+                link.forget_expected()
                 if link.description != listed[key]:
                     link.description = listed[key]
                     link.update_load(listed[key].load)

@@ -95,12 +95,16 @@ class WorkerLink:
     def update_load(self, load: worker_pb2.WorkerLoad) -> None:
         """The worker's own figures replace what was sent since the last ones."""
         self.load = load
-        self.num_sent_tokens = self.num_sent_sequences = 0
+        self.forget_expected()
 
     def expect(self, num_sequences: int, num_prefill_tokens: int) -> None:
         """Counts work that is about to be sent, until the worker's own figures include it."""
         self.num_sent_sequences += num_sequences
         self.num_sent_tokens += num_prefill_tokens
+
+    def forget_expected(self) -> None:
+        """What was expected a while ago has been refused, or counted by the worker."""
+        self.num_sent_tokens = self.num_sent_sequences = 0
 
     async def check_identity(self) -> None:
         """Raises Unavailable when another worker, or another life of this one, has its address: a

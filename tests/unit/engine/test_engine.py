@@ -140,9 +140,10 @@ def test_a_stream_that_makes_room_lets_an_older_one_start_at_once() -> None:
     """The only running stream gives up its blocks: whoever waits must not wait for an event."""
     engine = sim_engine(4)
     leases = LeaseTable(engine.pool, "epoch")
-    submit(engine, job("old", 4))
+    older = job("old", 4, SamplingParams(max_tokens=4, seed=1))
+    younger = job("new", 12, SamplingParams(max_tokens=4, seed=1), first=100)
+    submit(engine, older)
     prefill = sim_engine(64)
-    younger = job("new", 12, first=100)
     submit(prefill, younger, prefill_only=True)
     first = run_out(prefill, Answers())
     assert adopt_from(prefill, first.prefilled[0], engine, leases, younger)
@@ -155,7 +156,7 @@ def test_a_stream_that_makes_room_lets_an_older_one_start_at_once() -> None:
     engine.pool.release(held, Holder.LEASE)
     while engine.num_sequences:
         assert step(engine, answers)
-    assert answers.tokens == alone(job("old", 4)) | alone(younger)
+    assert answers.tokens == alone(older) | alone(younger)
 
 
 def test_a_prompt_for_another_worker_is_held_until_released() -> None:

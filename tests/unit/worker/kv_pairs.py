@@ -1,0 +1,115 @@
+"""A KV sender and a receiver over a transport in memory that does what a test tells it to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from forebay.core.clock import Deadline
+from forebay.core.executor import Executor, InlineExecutor
+from forebay.core.sampling import SamplingParams
+from forebay.engine.engine import Engine, Prefilled
+from forebay.engine.profile import StepProfile
+from forebay.engine.sequence import RequestKey
+from forebay.engine.sim import SimRunner
+from forebay.kv.block_hash import cache_root
+from forebay.kv.leases import Lease, LeaseTable
+from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
+from forebay.worker.transfer import KvReceiver, KvSender
+
+ROOT = cache_root(b"salt", "sim")
+KEY = RequestKey("gateway", "request")
+Messages = list[bytes]
+
+
+def sim_engine(num_blocks: int = 32, block_size: int = 4) -> Engine:
+    runner = SimRunner(
+        model_id="sim",
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=512,
+        profile=StepProfile(((1, 1e-9),), 0.0, 0.0, 0.0),
+        time_scale=0.0,
+        mean_output_tokens=64,
+    )
+    return Engine(runner, max_batch_tokens=64, max_num_seqs=8)
+
+
+class KvPair:
+    """`alter` may change the list of messages before they are received; `before_message` is called
+    with each one's number."""
+
+    def __init__(
+        self,
+        *,
+        num_prompt_tokens: int = 13,
+        max_frame_bytes: int = 64,
+        n: int = 1,
+        executor: Executor | None = None,
+    ) -> None:
+        self.prompt = list(range(num_prompt_tokens))
+        self.params = SamplingParams(n=n, seed=3, max_tokens=20)
+        self.source, self.target = sim_engine(), sim_engine()
+        self.leases = LeaseTable(self.target.pool, "epoch")
+        self.commits: list[tuple[Lease, list[tuple[int, int]]]] = []
+        self.alter: Callable[[Messages], Messages] = lambda messages: messages
+        self.before_message: Callable[[int], None] = lambda number: None
+        self.sender = KvSender(self.source.runner, InlineExecutor(), self, max_frame_bytes)
+        self.receiver = KvReceiver(
+            self.target.runner, executor or InlineExecutor(), self.leases, self._commit
+        )
+        self.prefilled = self._prefill()
+        self.lease = self.leases.grant("lease", KEY, [], num_prompt_tokens, 10.0)
+
+    async def push(
+        self, address: str, messages: AsyncIterator[bytes], deadline: Deadline
+    ) -> kv_transfer_pb2.PushResponse:
+        """Implements `KvTransport`."""
+        sent = self.alter([message async for message in messages])
+
+        async def arriving() -> AsyncIterator[bytes]:
+            for number, message in enumerate(sent):
+                self.before_message(number)
+                yield message
+
+        return await self.receiver.push(arriving())
+
+    async def transfer(self, **target: object) -> None:
+        where = worker_pb2.TransferTarget(lease_id="lease", epoch="epoch")
+        for name, value in target.items():
+            setattr(where, name, value)
+        await self.sender.push(self.prefilled, where, Deadline.after(10))
+
+    async def messages(self) -> Messages:
+        """What a transfer sends, received by nobody."""
+        caught: Messages = []
+
+        def catch(messages: Messages) -> Messages:
+            caught.extend(messages)
+            return messages[:0]
+
+        before, self.alter = self.alter, catch
+        try:
+            await self.transfer()
+        except Exception:
+            self.receiver.num_failures -= 1
+        self.alter = before
+        return caught
+
+    def kv_of(self, engine: Engine, table: list[int]) -> bytes:
+        layers = engine.runner.kv_layout.num_layers
+        return engine.runner.export_kv(table, 0, len(self.prompt), 0, layers)
+
+    def arrived_whole(self) -> bool:
+        table = self.prefilled.sequence.block_table
+        return self.kv_of(self.target, self.lease.block_table) == self.kv_of(self.source, table)
+
+    def _prefill(self) -> Prefilled:
+        self.source.submit(KEY, 1, self.prompt, self.params, ROOT, prefill_only=True)
+        batch = self.source.begin_step()
+        assert batch is not None
+        outcome = self.source.end_step(batch, self.source.runner.run(batch))
+        return outcome.prefilled[0]
+
+    def _commit(self, lease: Lease, first_tokens: list[tuple[int, int]]) -> None:
+        self.leases.take(lease)
+        self.commits.append((lease, first_tokens))

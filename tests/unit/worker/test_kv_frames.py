@@ -1,0 +1,139 @@
+"""Frames put together by hand are what protobuf reads and writes, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from crc32c import crc32c
+from forebay.core.errors import KvTransferError
+from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
+from forebay.worker.frames import (
+    Frame,
+    decode_message,
+    encode_commit,
+    encode_frame,
+    plan_frames,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+HEADER = kv_transfer_pb2.KvFrameHeader(
+    lease_id="lease-1",
+    epoch="epoch-1",
+    frame=3,
+    layout=worker_pb2.KvLayout(version=1, num_layers=4, num_kv_heads=1, dtype=4, block_size=16),
+    codec=kv_transfer_pb2.KV_CODEC_RAW,
+    num_heads=1,
+    layer_start=1,
+    num_layers=2,
+    token_start=16,
+    num_tokens=5,
+    crc32c=0xDEADBEEF,
+)
+COMMIT = kv_transfer_pb2.KvCommit(
+    lease_id="lease-1",
+    epoch="epoch-1",
+    num_frames=3,
+    num_bytes=2**40,
+    crc32c=7,
+    first_tokens=[kv_transfer_pb2.FirstToken(choice=1, token_id=9)],
+)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, 3_000_000])
+def test_a_frame_is_a_push_request(size: int) -> None:
+    payload = bytes(i % 251 for i in range(1000)) * (size // 1000 + 1)
+    payload = payload[:size]
+    data = encode_frame(HEADER, payload)
+    message = kv_transfer_pb2.PushRequest(header=HEADER, payload=payload)
+    assert kv_transfer_pb2.PushRequest.FromString(data) == message
+    assert data == message.SerializeToString()
+    frame = decode_message(message.SerializeToString())
+    assert isinstance(frame, Frame)
+    assert (frame.header, bytes(frame.payload)) == (HEADER, payload)
+
+
+def test_a_commit_is_a_push_request() -> None:
+    message = kv_transfer_pb2.PushRequest(commit=COMMIT)
+    assert encode_commit(COMMIT) == message.SerializeToString()
+    assert decode_message(message.SerializeToString()) == COMMIT
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_message_or_an_error(data: bytes) -> None:
+    with contextlib.suppress(KvTransferError):
+        decode_message(data)
+
+
+@pytest.mark.parametrize("data", [encode_frame(HEADER, b"payload"), encode_commit(COMMIT)])
+def test_every_truncation_is_an_error(data: bytes) -> None:
+    for end in range(len(data)):
+        with pytest.raises(KvTransferError):
+            decode_message(data[:end])
+    with pytest.raises(KvTransferError):
+        decode_message(data + b"\0")
+    with pytest.raises(KvTransferError):
+        decode_message(data + data)
+
+
+def test_every_flipped_bit_of_a_frame_is_an_error_or_shows() -> None:
+    """A payload that arrives whole has the header's checksum, or the frame is not this frame."""
+    payload = b"some KV bytes"
+    header = kv_transfer_pb2.KvFrameHeader()
+    header.CopyFrom(HEADER)
+    header.crc32c = crc32c(payload)
+    data = encode_frame(header, payload)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            frame = decode_message(bytes(flipped))
+        except KvTransferError:
+            continue
+        assert isinstance(frame, Frame)
+        intact = frame.header == header and crc32c(frame.payload) == header.crc32c
+        assert not intact
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x0a",
+        b"\x12\x01a",
+        b"\x1a\x80\x80\x80\x80\x80\x80\x80\x01",
+        b"\x0a\x00",
+        b"\x12\x01a\x0a\x00",
+        encode_commit(COMMIT) + encode_frame(HEADER, b"x"),
+        encode_frame(HEADER, b"x") + encode_commit(COMMIT),
+    ],
+)
+def test_malformed_messages(data: bytes) -> None:
+    with pytest.raises(KvTransferError):
+        decode_message(data)
+
+
+@given(
+    num_layers=st.integers(1, 9),
+    bytes_per_token_layer=st.integers(1, 64),
+    token_start=st.integers(0, 50),
+    num_tokens=st.integers(0, 40),
+    max_bytes=st.integers(1, 4096),
+)
+def test_a_plan_covers_everything_once_in_order(
+    num_layers: int, bytes_per_token_layer: int, token_start: int, num_tokens: int, max_bytes: int
+) -> None:
+    layout = worker_pb2.KvLayout(
+        num_layers=num_layers, bytes_per_token_layer=bytes_per_token_layer
+    )
+    next_token = [token_start] * num_layers
+    for part in plan_frames(layout, token_start, num_tokens, max_bytes):
+        size = part.num_layers * part.num_tokens * bytes_per_token_layer
+        one_token_of_one_layer = (part.num_layers, part.num_tokens) == (1, 1)
+        assert size <= max_bytes or one_token_of_one_layer
+        assert part.num_layers > 0 and part.num_tokens > 0
+        for layer in range(part.layer_start, part.layer_start + part.num_layers):
+            assert next_token[layer] == part.token_start
+            next_token[layer] += part.num_tokens
+    assert next_token == [token_start + num_tokens] * num_layers

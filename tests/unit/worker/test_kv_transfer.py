@@ -1,0 +1,285 @@
+"""A transfer commits when every byte has arrived as it was sent, and otherwise never."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from forebay.core.errors import KvTransferError
+from forebay.core.executor import InlineExecutor
+from forebay.kv.block_pool import Holder
+from forebay.rpc.v1 import kv_transfer_pb2
+from forebay.simulator import loop
+from forebay.worker.frames import Frame, decode_message, encode_commit, encode_frame
+from kv_pairs import KvPair, Messages
+
+ChangeHeader = Callable[[kv_transfer_pb2.KvFrameHeader], None]
+
+
+def edited(change: ChangeHeader, number: int = 1) -> Callable[[Messages], Messages]:
+    """Changes the header of one frame."""
+
+    def alter(messages: Messages) -> Messages:
+        frame = decode_message(messages[number])
+        assert isinstance(frame, Frame)
+        change(frame.header)
+        messages[number] = encode_frame(frame.header, bytes(frame.payload))
+        return messages
+
+    return alter
+
+
+def committed(**values: object) -> Callable[[Messages], Messages]:
+    """Changes the commit."""
+
+    def alter(messages: Messages) -> Messages:
+        commit = kv_transfer_pb2.PushRequest.FromString(messages[-1]).commit
+        for name, value in values.items():
+            setattr(commit, name, value)
+        messages[-1] = encode_commit(commit)
+        return messages
+
+    return alter
+
+
+def refused(pair: KvPair, match: str | None = None, **target: object) -> None:
+    async def main() -> None:
+        with pytest.raises(KvTransferError, match=match):
+            await pair.transfer(**target)
+
+    loop.run(main())
+    assert pair.commits == []
+    assert pair.receiver.num_failures == 1
+    assert pair.sender.num_bytes == 0
+    pair.leases.check_integrity()
+    pair.target.pool.check_integrity()
+
+
+@pytest.mark.parametrize("max_frame_bytes", [1, 8, 40, 104, 300, 10_000])
+@pytest.mark.parametrize("num_prompt_tokens", [1, 4, 13])
+def test_a_whole_transfer_commits_once(num_prompt_tokens: int, max_frame_bytes: int) -> None:
+    pair = KvPair(num_prompt_tokens=num_prompt_tokens, max_frame_bytes=max_frame_bytes, n=3)
+    loop.run(pair.transfer())
+    assert pair.commits == [(pair.lease, list(pair.prefilled.first_tokens))]
+    assert pair.arrived_whole()
+    assert pair.sender.num_bytes == pair.receiver.num_bytes == num_prompt_tokens * 4 * 8
+    assert pair.receiver.num_failures == 0
+
+
+def test_what_the_receiver_holds_is_not_sent() -> None:
+    pair = KvPair()
+    pair.leases.release(pair.lease)
+    (block,) = pair.target.pool.allocate(1, Holder.SEQUENCE)
+    pair.target.pool.register(block, b"h" * 16)
+    lease = pair.leases.grant("other", "owner", [b"h" * 16], 13, 10.0)
+    assert lease.num_cached_tokens == 4
+    loop.run(pair.transfer(lease_id="other", start_token=4))
+    assert [lease for lease, _ in pair.commits] == [lease]
+    assert pair.sender.num_bytes == 9 * 4 * 8
+
+
+def test_a_prompt_that_is_cached_whole_is_a_commit_alone() -> None:
+    pair = KvPair(num_prompt_tokens=4)
+    pair.leases.release(pair.lease)
+    (block,) = pair.target.pool.allocate(1, Holder.SEQUENCE)
+    pair.target.pool.register(block, b"h" * 16)
+    lease = pair.leases.grant("other", "owner", [b"h" * 16], 4, 10.0)
+    loop.run(pair.transfer(lease_id="other", start_token=4))
+    assert [lease for lease, _ in pair.commits] == [lease]
+    assert pair.sender.num_bytes == 0
+
+
+@pytest.mark.parametrize("start_token", [4, 13])
+def test_a_sender_that_skips_tokens_is_refused(start_token: int) -> None:
+    refused(KvPair(), start_token=start_token)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        pytest.param(lambda m: m[:1] + m[2:], id="lost frame"),
+        pytest.param(lambda m: m[:-2] + m[-1:], id="last frame lost"),
+        pytest.param(lambda m: m[-1:], id="all frames lost"),
+        pytest.param(lambda m: [*m[:2], m[1], *m[2:]], id="duplicated frame"),
+        pytest.param(lambda m: [m[1], m[0], *m[2:]], id="reordered frames"),
+        pytest.param(lambda m: [m[-1], *m[:-1]], id="commit first"),
+        pytest.param(lambda m: m[:-1], id="commit missing"),
+        pytest.param(lambda m: [], id="nothing at all"),
+        pytest.param(lambda m: [m[0][:-1], *m[1:]], id="truncated frame"),
+        pytest.param(lambda m: [*m[:-1], m[-1][:-1]], id="truncated commit"),
+        pytest.param(lambda m: [m[0][:-1] + bytes([m[0][-1] ^ 1]), *m[1:]], id="corrupt payload"),
+        pytest.param(edited(lambda h: setattr(h, "lease_id", "other")), id="another lease"),
+        pytest.param(edited(lambda h: setattr(h, "epoch", "other")), id="another life"),
+        pytest.param(edited(lambda h: setattr(h, "frame", 0)), id="frame number"),
+        pytest.param(edited(lambda h: setattr(h.layout, "block_size", 8)), id="layout"),
+        pytest.param(edited(lambda h: h.ClearField("layout")), id="no layout"),
+        pytest.param(edited(lambda h: setattr(h, "codec", 0)), id="codec"),
+        pytest.param(edited(lambda h: setattr(h, "codec", 77)), id="unknown codec"),
+        pytest.param(edited(lambda h: setattr(h, "num_heads", 0)), id="no heads"),
+        pytest.param(edited(lambda h: setattr(h, "head_start", 1)), id="first head missing"),
+        pytest.param(edited(lambda h: setattr(h, "layer_start", 3)), id="layer again"),
+        pytest.param(edited(lambda h: setattr(h, "layer_start", 4)), id="layer past the model"),
+        pytest.param(edited(lambda h: setattr(h, "num_layers", 0)), id="no layer"),
+        pytest.param(edited(lambda h: setattr(h, "num_layers", 2**32 - 1)), id="many layers"),
+        pytest.param(edited(lambda h: setattr(h, "token_start", 4)), id="tokens skipped"),
+        pytest.param(edited(lambda h: setattr(h, "num_tokens", 0)), id="no tokens"),
+        pytest.param(edited(lambda h: setattr(h, "num_tokens", 14)), id="too many tokens"),
+        pytest.param(edited(lambda h: setattr(h, "num_tokens", 3)), id="payload too long"),
+        pytest.param(edited(lambda h: setattr(h, "crc32c", 1)), id="checksum"),
+        pytest.param(committed(lease_id="other"), id="commit of another lease"),
+        pytest.param(committed(epoch="other"), id="commit of another life"),
+        pytest.param(committed(num_frames=1), id="commit counts frames"),
+        pytest.param(committed(num_bytes=1), id="commit counts bytes"),
+        pytest.param(committed(crc32c=1), id="commit checksum"),
+    ],
+)
+def test_anything_else_is_refused(alter: Callable[[Messages], Messages]) -> None:
+    pair = KvPair()
+    pair.alter = alter
+    refused(pair)
+    assert len(pair.leases) == 1
+
+
+def test_a_commit_without_first_tokens_is_refused() -> None:
+    pair = KvPair()
+
+    def alter(messages: Messages) -> Messages:
+        commit = kv_transfer_pb2.PushRequest.FromString(messages[-1]).commit
+        del commit.first_tokens[:]
+        return [*messages[:-1], encode_commit(commit)]
+
+    pair.alter = alter
+    refused(pair)
+
+
+def test_no_flipped_bit_of_any_message_commits_something_else() -> None:
+    """Fields that the receiver has no use for may change; what is committed may not."""
+    messages = loop.run(KvPair(num_prompt_tokens=2, max_frame_bytes=32, n=2).messages())
+    num_commits = 0
+    for number, message in enumerate(messages):
+        for bit in range(8 * len(message)):
+            pair = KvPair(num_prompt_tokens=2, max_frame_bytes=32, n=2)
+            flipped = bytearray(message)
+            flipped[bit // 8] ^= 1 << bit % 8
+            changed = [*messages[:number], bytes(flipped), *messages[number + 1 :]]
+            pair.alter = lambda _, changed=changed: changed  # type: ignore[misc]
+
+            async def main(pair: KvPair = pair) -> bool:
+                try:
+                    await pair.transfer()
+                except KvTransferError:
+                    return False
+                return True
+
+            if loop.run(main()):
+                num_commits += 1
+                assert pair.commits == [(pair.lease, list(pair.prefilled.first_tokens))]
+                assert pair.arrived_whole()
+            else:
+                assert pair.commits == []
+    assert num_commits < 8 * len(messages)
+
+
+def test_frames_for_a_lease_released_in_between_are_refused() -> None:
+    pair = KvPair()
+    pair.before_message = lambda number: pair.leases.release(pair.lease) if number == 2 else None
+    refused(pair, match="no lease")
+    assert pair.target.pool.counts().free == pair.target.pool.num_blocks
+
+
+def test_a_refused_transfer_may_be_sent_again() -> None:
+    pair = KvPair()
+    pair.alter = lambda messages: messages[:2]
+
+    async def main() -> None:
+        with pytest.raises(KvTransferError):
+            await pair.transfer()
+        pair.alter = lambda messages: messages
+        await pair.transfer()
+
+    loop.run(main())
+    assert len(pair.commits) == 1
+    assert pair.arrived_whole()
+
+
+def test_a_second_commit_of_the_same_lease_is_refused() -> None:
+    pair = KvPair()
+
+    async def main() -> None:
+        await pair.transfer()
+        with pytest.raises(KvTransferError, match="no lease"):
+            await pair.transfer()
+
+    loop.run(main())
+    assert len(pair.commits) == 1
+
+
+class GatedExecutor(InlineExecutor):
+    """Functions wait, begun, until the gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.num_waiting = 0
+
+    async def run(self, function: object, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        self.num_waiting += 1
+        await self.gate.wait()
+        self.num_waiting -= 1
+        return function(*args, **kwargs)  # type: ignore[operator]
+
+
+def test_blocks_of_a_lease_released_during_a_write_are_not_given_away() -> None:
+    async def main() -> None:
+        executor = GatedExecutor()
+        pair = KvPair(executor=executor)
+        task = asyncio.create_task(pair.transfer())
+        while not executor.num_waiting:
+            await asyncio.sleep(0)
+        pair.leases.release(pair.lease)
+        counts = pair.target.pool.counts()
+        assert (counts.quarantined, counts.free) == (4, pair.target.pool.num_blocks - 4)
+        executor.gate.set()
+        with pytest.raises(KvTransferError, match="no lease"):
+            await task
+        assert pair.target.pool.counts().free == pair.target.pool.num_blocks
+        assert pair.commits == []
+
+    loop.run(main())
+
+
+def test_a_commit_waits_for_no_write_of_another_push() -> None:
+    """A replayed push still writes when the first one commits: it must not lose its blocks."""
+
+    async def main() -> None:
+        executor = GatedExecutor()
+        executor.gate.set()
+        pair = KvPair(executor=executor)
+        messages = await pair.messages()
+
+        async def arriving(upto: int, then: asyncio.Event | None) -> AsyncIterator[bytes]:
+            for message in messages[:upto]:
+                yield message
+            if then is not None:
+                await then.wait()
+                yield messages[upto]
+
+        late = asyncio.Event()
+        first = asyncio.create_task(pair.receiver.push(arriving(len(messages) - 1, late)))
+        await asyncio.sleep(1)
+        executor.gate.clear()
+        second = asyncio.create_task(pair.receiver.push(arriving(1, None)))
+        while not executor.num_waiting:
+            await asyncio.sleep(0)
+        late.set()
+        with pytest.raises(KvTransferError, match="another push"):
+            await first
+        assert len(pair.leases) == 1
+        executor.gate.set()
+        with pytest.raises(KvTransferError, match="without a commit"):
+            await second
+        pair.leases.check_integrity()
+        await pair.transfer()
+        assert len(pair.commits) == 1
+
+    loop.run(main())
