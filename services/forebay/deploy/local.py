@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from forebay.deploy.run_state import (
 START_FAILED_LIMIT_S = 90.0
 """How long the supervisor may take to end all that it has started, without drains."""
 ORPHANS_GRACE_S = 5.0
+NEEDED_PACKAGES = ("ray", "redis", "starlette", "tokenizers", "torch")
+"""One or more of each extra that `forebay[local]` consists of."""
 
 Notify = Callable[[Event], None]
 
@@ -35,6 +38,7 @@ Notify = Callable[[Event], None]
 def start(plan: PlatformPlan, notify: Notify) -> RunState:
     """Returns when the platform is ready. Raises ForebayError when it cannot be; then, as after
     a KeyboardInterrupt, nothing is left running."""
+    _check_installed()
     folder = _prepared_state_dir()
     _check_nothing_runs(folder)
     check_port(plan.host, plan.http_port)
@@ -62,6 +66,12 @@ def start(plan: PlatformPlan, notify: Notify) -> RunState:
         for pipe in (supervisor.stdin, supervisor.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _check_installed() -> None:
+    for name in NEEDED_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigurationError(f"`forebay up` needs forebay[local]: there is no {name}")
 
 
 def _prepared_state_dir() -> Path:

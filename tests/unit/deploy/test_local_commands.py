@@ -32,6 +32,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
+def test_a_slim_install_is_told_what_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "NEEDED_PACKAGES", ("json", "no_such_package"))
+    with pytest.raises(ConfigurationError, match=r"forebay\[local\].*no_such_package"):
+        local.start(make_plan(UpOptions(engine="sim")), lambda event: None)
+    assert not list(folder.iterdir())
+
+
 def spawn(**environment: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         SLEEP, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **environment}
