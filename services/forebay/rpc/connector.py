@@ -84,7 +84,8 @@ DuplexHandler = Callable[[AsyncIterator[Any]], AsyncGenerator[Any, None]]
 @dataclass(slots=True)
 class Routes:
     """What a listener serves: method to handler. A handler raises ForebayError to fail its call;
-    when the caller leaves, it is cancelled."""
+    when the caller leaves, it is cancelled, or its messages end as if all had come: what must not
+    be cut short needs a last message that says so."""
 
     unary: list[tuple[Method[Any, Any], UnaryHandler]] = field(default_factory=list)
     push: list[tuple[Method[Any, Any], PushHandler]] = field(default_factory=list)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic
 
@@ -11,11 +11,14 @@ import grpc
 import grpc.aio
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import Unavailable
+from forebay.core.errors import ForebayError, Unavailable
 from forebay.rpc.connector import Channel, Duplex, Method, Request, Response
 from forebay.rpc.status import from_grpc
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+_ENDED = (asyncio.InvalidStateError, grpc.aio.AioRpcError)
+"""What a write raises into a call that has ended."""
+_MADE_UP = "Internal error from Core"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -67,15 +70,24 @@ class GrpcChannel:
             call = self._channel.stream_unary(
                 method.path, method.encode_request, method.decode_response
             )(timeout=deadline.remaining_s())
+            outcome = _Outcome(self._address)
+            call.add_done_callback(outcome.note)
+            # A task of its own: a write into a call that ends too early can wait for ever.
+            writer = asyncio.create_task(_write_all(call, requests))
             try:
-                async for request in requests:
-                    if not await _written(call, request):
-                        break  # the peer ended the call early; awaiting it raises its reason
-                await call.done_writing()
+                await asyncio.wait((writer, outcome.noted), return_when=asyncio.FIRST_COMPLETED)
+                if writer.done():
+                    await writer
                 response: Response = await call
                 return response
+            except grpc.aio.AioRpcError as error:
+                if outcome.error is None:
+                    raise
+                raise outcome.error from error
             finally:
                 call.cancel()
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
 
     def duplex(self, method: Method[Request, Response]) -> Duplex[Request, Response]:
         with _translated(self._address):
@@ -98,9 +110,12 @@ class GrpcDuplex(Generic[Request, Response]):
 
     async def send(self, message: Request) -> None:
         with _translated(self._address):
-            if not await _written(self._call, message):
-                await self._check_outcome()
-                raise Unavailable(f"{self._address}: the peer has ended the stream")
+            try:
+                await self._call.write(message)
+            except _ENDED as error:
+                if isinstance(error, asyncio.InvalidStateError):
+                    await self._check_outcome()
+                raise Unavailable(f"{self._address}: the peer has ended the stream") from error
 
     async def receive(self) -> Response | None:
         with _translated(self._address):
@@ -123,13 +138,44 @@ class GrpcDuplex(Generic[Request, Response]):
             raise from_grpc(code, f"{self._address}: {details}", metadata)
 
 
-async def _written(call: Any, message: Any) -> bool:
-    """False when the call has ended already."""
+class _Outcome:
+    """How a call failed, noted at its end: a write that fails after that puts a made-up INTERNAL in
+    its place. When the write fails first it is the other way round, and awaiting the call tells."""
+
+    def __init__(self, address: str) -> None:
+        self.error: ForebayError | None = None
+        self.noted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._address = address
+
+    def note(self, call: Any) -> None:
+        if not self.noted.done():
+            self.noted.set_result(None)
+        code, details = _result(call.code()), _result(call.details())
+        if code is not grpc.StatusCode.OK and details != _MADE_UP:
+            metadata = dict(_result(call.trailing_metadata()) or ())
+            self.error = from_grpc(code, f"{self._address}: {details}", metadata)
+
+
+def _result(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Of a coroutine that has nothing to wait for."""
     try:
-        await call.write(message)
-    except asyncio.InvalidStateError:
-        return False
-    return True
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("the call has not ended")
+
+
+async def _write_all(call: Any, requests: AsyncIterator[Any]) -> None:
+    """Returns early when the peer ends the call early."""
+    try:
+        async for request in requests:
+            try:
+                await call.write(request)
+            except _ENDED:
+                return
+        await call.done_writing()
+    except grpc.aio.InternalError:
+        return
 
 
 @contextmanager

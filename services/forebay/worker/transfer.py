@@ -13,7 +13,7 @@ from typing import Protocol
 from crc32c import crc32c
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import KvTransferError
+from forebay.core.errors import KvTransferError, Unavailable
 from forebay.core.executor import Executor
 from forebay.engine.engine import Prefilled
 from forebay.engine.interface import Runner
@@ -40,7 +40,8 @@ class KvTransport(Protocol):
 
 
 class ConnectorKvTransport:
-    """Over the connector, which is gRPC in production; keeps one channel per address."""
+    """Over the connector, which is gRPC in production; keeps one channel per address, until a push
+    finds nobody there."""
 
     def __init__(self, connector: Connector) -> None:
         self._connector = connector
@@ -51,7 +52,14 @@ class ConnectorKvTransport:
     ) -> kv_transfer_pb2.PushResponse:
         if address not in self._channels:
             self._channels[address] = self._connector.connect(address)
-        return await self._channels[address].push(KV_PUSH, messages, deadline)
+        channel = self._channels[address]
+        try:
+            return await channel.push(KV_PUSH, messages, deadline)
+        except Unavailable:
+            if self._channels.get(address) is channel:
+                del self._channels[address]
+                await channel.close()
+            raise
 
     async def close(self) -> None:
         while self._channels:

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from forebay.core.finish import FinishReason
-from forebay.core.sampling import SamplingParams
-from forebay.engine.sequence import RequestKey, Status, finish_reason
-from forebay.kv.block_pool import Holder
-from forebay.kv.leases import LeaseTable
 from sim_engines import (
     Answers,
     Job,
@@ -17,6 +12,12 @@ from sim_engines import (
     step,
     submit,
 )
+
+from forebay.core.finish import FinishReason
+from forebay.core.sampling import SamplingParams
+from forebay.engine.sequence import RequestKey, Status, finish_reason
+from forebay.kv.block_pool import Holder
+from forebay.kv.leases import LeaseTable
 
 LONG = SamplingParams(max_tokens=20, seed=1)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from forebay.core.sampling import SamplingParams
-from forebay.engine.interface import Batch
-from forebay.kv.leases import LeaseTable
 from sim_engines import (
     Answers,
     Job,
@@ -18,6 +15,10 @@ from sim_engines import (
     sim_engine,
     submit,
 )
+
+from forebay.core.sampling import SamplingParams
+from forebay.engine.interface import Batch
+from forebay.kv.leases import LeaseTable
 
 
 class Play:

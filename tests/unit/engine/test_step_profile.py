@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import Batch, ScheduledSequence
 from forebay.engine.profile import LLAMA2_70B_H100_TP8, StepProfile
-from hypothesis import given
-from hypothesis import strategies as st
 
 PROFILE = StepProfile(((100, 1.0), (400, 2.0)), 0.5, 0.01, 0.001)
 

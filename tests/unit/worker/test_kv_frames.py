@@ -6,6 +6,9 @@ import contextlib
 
 import pytest
 from crc32c import crc32c
+from hypothesis import given
+from hypothesis import strategies as st
+
 from forebay.core.errors import KvTransferError
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.frames import (
@@ -15,8 +18,6 @@ from forebay.worker.frames import (
     encode_frame,
     plan_frames,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 HEADER = kv_transfer_pb2.KvFrameHeader(
     lease_id="lease-1",
@@ -124,9 +125,7 @@ def test_malformed_messages(data: bytes) -> None:
 def test_a_plan_covers_everything_once_in_order(
     num_layers: int, bytes_per_token_layer: int, token_start: int, num_tokens: int, max_bytes: int
 ) -> None:
-    layout = worker_pb2.KvLayout(
-        num_layers=num_layers, bytes_per_token_layer=bytes_per_token_layer
-    )
+    layout = worker_pb2.KvLayout(num_layers=num_layers, bytes_per_token_layer=bytes_per_token_layer)
     next_token = [token_start] * num_layers
     for part in plan_frames(layout, token_start, num_tokens, max_bytes):
         size = part.num_layers * part.num_tokens * bytes_per_token_layer

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from kv_pairs import KvPair, Messages
+
 from forebay.core.errors import KvTransferError
 from forebay.core.executor import InlineExecutor
 from forebay.kv.block_pool import Holder
 from forebay.rpc.v1 import kv_transfer_pb2
 from forebay.simulator import loop
 from forebay.worker.frames import Frame, decode_message, encode_commit, encode_frame
-from kv_pairs import KvPair, Messages
 
 ChangeHeader = Callable[[kv_transfer_pb2.KvFrameHeader], None]
 
@@ -155,11 +156,11 @@ def test_a_commit_without_first_tokens_is_refused() -> None:
 
 def test_no_flipped_bit_of_any_message_commits_something_else() -> None:
     """Fields that the receiver has no use for may change; what is committed may not."""
-    messages = loop.run(KvPair(num_prompt_tokens=2, max_frame_bytes=32, n=2).messages())
+    messages = loop.run(KvPair(num_prompt_tokens=1, max_frame_bytes=16, n=2).messages())
     num_commits = 0
     for number, message in enumerate(messages):
         for bit in range(8 * len(message)):
-            pair = KvPair(num_prompt_tokens=2, max_frame_bytes=32, n=2)
+            pair = KvPair(num_prompt_tokens=1, max_frame_bytes=16, n=2)
             flipped = bytearray(message)
             flipped[bit // 8] ^= 1 << bit % 8
             changed = [*messages[:number], bytes(flipped), *messages[number + 1 :]]

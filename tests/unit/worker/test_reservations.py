@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from kv_pairs import ROOT, sim_engine
+
 from forebay.core.clock import Deadline
 from forebay.core.errors import KvTransferError
 from forebay.core.randomness import Rng
@@ -15,7 +17,6 @@ from forebay.kv.leases import LeaseTable
 from forebay.simulator import loop
 from forebay.worker.decode import Reservations
 from forebay.worker.requests import WorkerRequest
-from kv_pairs import ROOT, sim_engine
 
 ALL: frozenset[int] = frozenset()
 

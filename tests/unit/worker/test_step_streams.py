@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from forebay.core.errors import Overloaded, Unavailable
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop

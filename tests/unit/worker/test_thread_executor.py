@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+
 from forebay.worker.thread_executor import ThreadExecutor
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from kv_pairs import KEY, ROOT, KvPair
+
 from forebay.core.clock import Deadline
 from forebay.core.errors import KvTransferError
 from forebay.engine.engine import Prefilled
@@ -10,7 +12,6 @@ from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop
 from forebay.worker.prefill import Transfers
 from forebay.worker.requests import WorkerRequest
-from kv_pairs import KEY, ROOT, KvPair
 
 
 class Sending:
