@@ -308,6 +308,9 @@ class Worker:
         by_gateway: dict[str, list[worker_pb2.SequenceOutput]] = {}
         for output in outcome.outputs:
             request = self._requests[output.key]
+            if output.choice not in request.going_on:
+                self.engine.abort(output.key, frozenset((output.choice,)))
+                continue
             if output.offset == 0:
                 self.metrics.observe_prefill(clock.now() - request.since)
                 request.since = clock.now()

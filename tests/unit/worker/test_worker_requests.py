@@ -172,6 +172,18 @@ async def test_an_abort_that_overtakes_its_request_is_remembered() -> None:
 
 
 @in_virtual_time
+async def test_a_choice_aborted_before_its_first_token_ends_with_it() -> None:
+    async with running() as bench:
+        request = spec(n=3)
+        await prefill(bench, request)
+        await bench.worker.abort(abort_of(request, 1))
+        await asyncio.sleep(10)
+        assert bench.ends("r") == [FinishReason.LENGTH] * 2
+        assert {output.choice for output in bench.outputs} == {0, 2}
+        bench.check_empty()
+
+
+@in_virtual_time
 async def test_attempts_of_a_request_follow_one_another() -> None:
     async with running(WorkerRole.DECODE) as bench:
         first = await reserve(bench, spec(attempt=1))
