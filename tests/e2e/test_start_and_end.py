@@ -61,6 +61,14 @@ def test_port_taken(fresh_platform: LocalPlatform) -> None:
     fresh_platform.assert_nothing_left()
 
 
+def test_a_platform_that_cannot_answer_is_ended(fresh_platform: LocalPlatform) -> None:
+    done = fresh_platform.up("--engine=sim", "--max-model-len=8")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no answer" in done.stderr
+    fresh_platform.assert_nothing_left()
+
+
 def test_a_worker_that_cannot_start(fresh_platform: LocalPlatform, tmp_path: Path) -> None:
     """Its own reason is shown, once, and Serve's retries are not waited for."""
     broken = tmp_path / "broken.gguf"

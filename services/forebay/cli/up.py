@@ -26,8 +26,8 @@ _port = click.IntRange(1, 65535)
 
 @click.command()
 @click.option("--model", help="The default model's name, a .gguf file or a safetensors folder.")
-@click.option("--prefill", type=_count, default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=_count, default=1, show_default=True, help="Decode workers.")
+@click.option("--prefill", type=_count, help="Prefill workers; 1 unless --mixed is given.")
+@click.option("--decode", type=_count, help="Decode workers; 1 unless --mixed is given.")
 @click.option("--mixed", type=_positive, help="One pool of workers that do both, instead.")
 @click.option(
     "--engine", type=click.Choice(["torch", "sim"]), help="sim: no model, seeded nonsense."
@@ -53,8 +53,10 @@ def up(mixed: int | None, **options: object) -> None:
     console.print(f"The platform is ready ({started_s:.1f} s).")
     try:
         _ask(console, run)
-    except ForebayError as error:
-        click.echo(f"forebay: the platform runs but did not answer: {error.message}", err=True)
+    except (ForebayError, KeyboardInterrupt) as error:
+        local.stop()
+        reason = error.message if isinstance(error, ForebayError) else "interrupted"
+        click.echo(f"forebay: no answer, so the platform was ended: {reason}", err=True)
         raise SystemExit(1) from None
     console.print(f"OpenAI base URL  {run.http_url}/v1")
     console.print(f"gRPC             {run.grpc_address}")

@@ -67,8 +67,9 @@ class WorkerSettings:
     heartbeat_s: float = 1.0
     registry_ttl_s: float = 5.0
     """A worker that is silent this long is gone for the routers."""
-    lease_s: float = 30.0
-    """How long a decode worker holds blocks for KV that has not been committed."""
+    lease_s: float = 600.0
+    """How long a decode worker holds blocks for KV that has not been committed: the time its prompt
+    waits and is computed, too. The request's own deadline bounds it further."""
     gateway_grace_s: float = 5.0
     """How long a gateway's sequences outlive its step stream."""
     kv_frame_kib: int = 1024
@@ -107,6 +108,20 @@ _PREFIXES: dict[type[Any], str] = {
     GatewaySettings: "FOREBAY_GATEWAY_",
 }
 
+_AT_LEAST_ONE = frozenset(
+    {
+        "block_size",
+        "num_blocks",
+        "kv_memory_mib",
+        "max_model_len",
+        "max_batch_tokens",
+        "max_num_seqs",
+        "num_threads",
+        "kv_frame_kib",
+        "max_body_kib",
+    }
+)
+
 
 def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
     """Defaults overridden by the environment. Raises ConfigurationError naming the variable."""
@@ -121,6 +136,8 @@ def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
         variable = prefix + f.name.upper()
         if variable in env:
             values[f.name] = _parse(variable, env[variable], hints[f.name])
+            if f.name in _AT_LEAST_ONE and values[f.name] is not None and values[f.name] < 1:
+                raise ConfigurationError(f"{variable}: must be at least 1")
         elif f.name == "redis_url" and REDIS_URL_VARIABLE in env:
             values[f.name] = env[REDIS_URL_VARIABLE]
     known = {prefix + f.name.upper() for f in fields(group)}
@@ -160,7 +177,11 @@ def state_dir() -> Path:
 
 
 def _folder(own: str, xdg: str, under_home: str) -> Path:
-    if own in os.environ:
-        return Path(os.environ[own]).expanduser().resolve()
-    base = os.environ.get(xdg)
-    return (Path(base) if base else Path.home() / under_home) / "forebay"
+    """As everywhere in a shell, an empty variable is one that is not set."""
+    try:
+        if chosen := os.environ.get(own):
+            return Path(chosen).expanduser().resolve()
+        base = os.environ.get(xdg)
+        return (Path(base) if base else Path.home() / under_home) / "forebay"
+    except RuntimeError as error:
+        raise ConfigurationError(f"{own}: {error}") from error

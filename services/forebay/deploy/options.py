@@ -19,6 +19,7 @@ from forebay.core.settings import (
 )
 
 MAX_REPLICAS = 64
+MAX_THREADS_PER_CPU = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,8 @@ class UpOptions:
     """The command line's values; None where the user left the choice to settings."""
 
     model: str | None = None
-    prefill: int = 1
-    decode: int = 1
+    prefill: int | None = None
+    decode: int | None = None
     mixed: int = 0
     engine: str | None = None
     dtype: str | None = None
@@ -85,9 +86,16 @@ def make_plan(options: UpOptions) -> PlatformPlan:
     environment = {name: str(value) for name, value in chosen.items() if value is not None}
     merged = {**inherited_environment(), **environment}
     worker, gateway = load(WorkerSettings, merged), load(GatewaySettings, merged)
+    num_cpus = len(os.sched_getaffinity(0))
     if worker.engine.num_threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // sum(pools.values()))
+        threads = max(1, num_cpus // sum(pools.values()))
         environment["FOREBAY_ENGINE_NUM_THREADS"] = str(threads)
+    elif worker.engine.num_threads > MAX_THREADS_PER_CPU * num_cpus:
+        raise ConfigurationError(
+            f"{worker.engine.num_threads} threads are too many for {num_cpus} CPUs"
+        )
+    if options.model == "":
+        raise ConfigurationError("the model's name is empty")
     if gateway.http_port == gateway.grpc_port:
         raise ConfigurationError(f"port {gateway.http_port} cannot serve both HTTP and gRPC")
     _check_engine(worker.engine)
@@ -137,9 +145,12 @@ def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _pools(options: UpOptions) -> dict[WorkerRole, int]:
+    if options.mixed and (options.prefill is not None or options.decode is not None):
+        raise ConfigurationError("--mixed takes the place of --prefill and --decode")
+    default = 0 if options.mixed else 1
     asked = {
-        WorkerRole.PREFILL: 0 if options.mixed else options.prefill,
-        WorkerRole.DECODE: 0 if options.mixed else options.decode,
+        WorkerRole.PREFILL: default if options.prefill is None else options.prefill,
+        WorkerRole.DECODE: default if options.decode is None else options.decode,
         WorkerRole.MIXED: options.mixed,
     }
     pools = {role: count for role, count in asked.items() if count > 0}

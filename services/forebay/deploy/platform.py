@@ -36,6 +36,7 @@ from forebay.deploy.processes import (
     wait_gone,
 )
 from forebay.deploy.ray_cluster import RayHead
+from forebay.deploy.run_state import RAY_LOG_FOLDER
 from forebay.deploy.services import AdoptedService, Service
 from forebay.deploy.valkey import EmbeddedValkey
 from forebay.store.redis_registry import RedisRegistry
@@ -221,7 +222,9 @@ class Platform:
             return
         try:
             shutil.copytree(
-                self._ray.session_logs, self._log_dir / "ray", ignore_dangling_symlinks=True
+                self._ray.session_logs,
+                self._log_dir / RAY_LOG_FOLDER,
+                ignore_dangling_symlinks=True,
             )
         except (OSError, shutil.Error) as error:
             logger.warning("Ray's logs could not be kept: %s", error)

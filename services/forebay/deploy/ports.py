@@ -24,6 +24,8 @@ def free_ports(count: int) -> list[int]:
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigurationError when `port` cannot be listened on."""
+    if not 1 <= port <= 65535:
+        raise ConfigurationError(f"port {port} is not in 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

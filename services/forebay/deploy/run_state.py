@@ -14,6 +14,8 @@ FILE_NAME = "run.json"
 LOG_FOLDER = "logs"
 """Beside run.json; kept until the next platform starts."""
 LOG_NAME = "supervisor.log"
+RAY_LOG_FOLDER = "ray"
+"""In LOG_FOLDER: what Ray itself has logged, kept when the platform ends."""
 _VERSION = 1
 
 

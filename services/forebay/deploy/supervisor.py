@@ -28,6 +28,7 @@ from forebay.deploy.progress import Event, ProgressWriter, Stage
 from forebay.deploy.run_state import (
     LOG_FOLDER,
     LOG_NAME,
+    RAY_LOG_FOLDER,
     RunState,
     remove_run_state,
     write_run_state,
@@ -167,12 +168,11 @@ def _state_lock(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _clear_logs(folder: Path) -> None:
+def clear_logs(folder: Path) -> None:
     """Of the platform before; this process's own stderr stays where it is."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name == LOG_NAME:
+    shutil.rmtree(folder / RAY_LOG_FOLDER, ignore_errors=True)
+    for path in folder.glob("*.log"):
+        if path.name == LOG_NAME:
             os.truncate(path, 0)
         else:
             path.unlink()
@@ -212,7 +212,7 @@ def main() -> int:
     plan = PlatformPlan.parse(sys.stdin.readline())
     try:
         with _state_lock(state_dir):
-            _clear_logs(state_dir / LOG_FOLDER)
+            clear_logs(state_dir / LOG_FOLDER)
             become_subreaper()
             return asyncio.run(_supervise(plan, state_dir, progress))
     except ForebayError as error:

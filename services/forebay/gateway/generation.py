@@ -10,6 +10,14 @@ from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import SampledToken
 
+CHAT_ROLES: Mapping[str, str] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+"""The roles that both edges take, and what the chat template calls them."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
@@ -36,13 +44,15 @@ class GenerationRequest:
     """One client request. `params.max_tokens` and `params.seed` are placeholders: the gateway
     fills them in from `max_tokens` and `seed`, or by itself where these are None.
 
-    request_id: empty lets the gateway choose. max_tokens_param: the field's name in errors.
+    request_id: empty lets the gateway choose. prompt_param, max_tokens_param: the fields' names in
+    errors.
     timeout_s: None takes the gateway's limit, which also bounds it.
     """
 
     model: str
     prompt: Prompt
     params: SamplingParams
+    prompt_param: str = "prompt"
     max_tokens: int | None = None
     max_tokens_param: str = "max_tokens"
     seed: int | None = None

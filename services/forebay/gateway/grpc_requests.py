@@ -10,6 +10,7 @@ from forebay.core.finish import FinishReason
 from forebay.core.sampling import MAX_LOGIT_BIAS
 from forebay.engine.interface import SampledToken
 from forebay.gateway.generation import (
+    CHAT_ROLES,
     ChatPrompt,
     Chunk,
     GenerationRequest,
@@ -22,6 +23,7 @@ from forebay.gateway.generation import (
 from forebay.rpc.conversions import finish_to_proto, sampling_from_proto
 from forebay.rpc.v1 import inference_pb2 as pb
 
+_PROMPT_PARAMS = {"text": "text", "token_ids": "token_ids.ids", "chat": "messages"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 
 
@@ -42,6 +44,7 @@ def generation_request(request: pb.GenerateRequest, timeout_s: float | None) -> 
     return GenerationRequest(
         model=request.model,
         prompt=_prompt(request),
+        prompt_param=_PROMPT_PARAMS[request.WhichOneof("input") or ""],
         params=sampling_from_proto(sampling),
         max_tokens=max_tokens,
         seed=sampling.seed if sampling.HasField("seed") else None,
@@ -69,10 +72,11 @@ def _chat(chat: pb.Chat) -> ChatPrompt:
     if not chat.messages:
         raise InvalidRequest("messages: needs at least one message", param="messages")
     for i, message in enumerate(chat.messages):
-        if not message.role:
+        if message.role not in CHAT_ROLES:
             param = f"messages[{i}].role"
-            raise InvalidRequest(f"{param}: is required", param=param, code="missing_field")
-    return ChatPrompt([{"role": m.role, "content": m.content} for m in chat.messages])
+            roles = ", ".join(CHAT_ROLES)
+            raise InvalidRequest(f"{param}: should be one of {roles}", param=param)
+    return ChatPrompt([{"role": CHAT_ROLES[m.role], "content": m.content} for m in chat.messages])
 
 
 def chunk_response(request_id: str, chunk: Chunk, *, logprobs: bool) -> pb.GenerateResponse:

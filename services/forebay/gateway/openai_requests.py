@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
 from forebay.core.errors import InvalidRequest
 from forebay.core.sampling import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from forebay.gateway.generation import (
+    CHAT_ROLES,
     ChatPrompt,
     GenerationRequest,
     Prompt,
@@ -22,13 +22,6 @@ COMPLETION_MAX_TOKENS: Final = 16
 """OpenAI's default for /v1/completions; a chat answer is bounded by the context alone."""
 _MAX_TOKEN_ID_DIGITS = 10
 
-_ROLES: Mapping[str, str] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
-
 
 def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
     if not body.messages:
@@ -40,6 +33,7 @@ def chat_request(body: ChatBody, request_id: str) -> GenerationRequest:
     return GenerationRequest(
         model=body.model,
         prompt=ChatPrompt(messages),
+        prompt_param="messages",
         params=_sampling(body, top_logprobs=(body.top_logprobs or 0) if body.logprobs else None),
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,
@@ -149,10 +143,10 @@ def _logit_bias(value: object) -> dict[int, float]:
 
 
 def _message(message: Message, param: str) -> dict[str, object]:
-    role = _ROLES.get(message.role)
+    role = CHAT_ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
-            f"{param}.role: should be one of {', '.join(_ROLES)}", param=f"{param}.role"
+            f"{param}.role: should be one of {', '.join(CHAT_ROLES)}", param=f"{param}.role"
         )
     for name in ("tool_calls", "function_call"):
         if getattr(message, name):

@@ -129,9 +129,9 @@ class GatewayService:
         if room < 1 or max_tokens > room:
             wanted = "" if room < 1 else f" and {request.max_tokens_param} {max_tokens}"
             raise InvalidRequest(
-                f"the prompt's {num_prompt_tokens} tokens{wanted} are more than the "
+                f"{request.prompt_param}: its {num_prompt_tokens} tokens{wanted} are more than the "
                 f"{served.max_model_len} tokens this model can hold",
-                param=_prompt_param(request) if room < 1 else request.max_tokens_param,
+                param=request.prompt_param if room < 1 else request.max_tokens_param,
                 code="context_length_exceeded",
             )
         if max_tokens < 1:
@@ -167,23 +167,18 @@ class GatewayService:
         task.add_done_callback(lambda _: self._queue.notify())
 
 
-def _prompt_param(request: GenerationRequest) -> str:
-    return "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
-
-
 def _tokenize(request: GenerationRequest, served: ServedModel) -> list[int]:
-    prompt = request.prompt
+    prompt, param = request.prompt, request.prompt_param
     max_chars = served.tokenizer.max_chars(served.max_model_len)
     match prompt:
         case TextPrompt(text):
-            tokens = served.tokenizer.encode_text(text, max_chars=max_chars)
+            tokens = served.tokenizer.encode_text(text, param=param, max_chars=max_chars)
         case TokenPrompt(ids):
             if any(not 0 <= token_id < served.info.vocab_size for token_id in ids):
-                raise InvalidRequest("prompt: a token id is outside the vocabulary", param="prompt")
+                raise InvalidRequest(f"{param}: a token id is outside the vocabulary", param=param)
             tokens = list(ids)
         case ChatPrompt(messages):
             tokens = served.tokenizer.encode_chat(messages, max_chars=max_chars)
     if not tokens:
-        name = _prompt_param(request)
-        raise InvalidRequest(f"{name}: is empty", param=name)
+        raise InvalidRequest(f"{param}: is empty", param=param)
     return tokens

@@ -28,6 +28,7 @@ class WorkerRequest:
     since: float
     going_on: set[int] = field(default_factory=set)
     target: worker_pb2.TransferTarget | None = None
+    first_token_sent: bool = False
 
 
 def accept(spec: worker_pb2.SequenceSpec, model: worker_pb2.ModelInfo) -> WorkerRequest:

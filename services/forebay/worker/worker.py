@@ -311,11 +311,13 @@ class Worker:
             if output.choice not in request.going_on:
                 self.engine.abort(output.key, frozenset((output.choice,)))
                 continue
-            if output.offset == 0:
+            if output.offset == 0 and not request.first_token_sent:
+                request.first_token_sent = True
                 self.metrics.observe_prefill(clock.now() - request.since)
                 request.since = clock.now()
             if output.finish is not None:
-                self.metrics.observe_decode(clock.now() - request.since)
+                if output.offset > 0:
+                    self.metrics.observe_decode(clock.now() - request.since)
                 self._end_choice(request, output.choice)
             message = output_to_proto(output)
             by_gateway.setdefault(output.key.gateway_id, []).append(message)

@@ -123,3 +123,16 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert folder() == tmp_path / "forebay"
         monkeypatch.setenv(own, str(tmp_path / "own"))
         assert folder() == tmp_path / "own"
+        monkeypatch.setenv(own, "")
+        assert folder() == tmp_path / "forebay"
+        monkeypatch.setenv(own, "~no-such-user/x")
+        with pytest.raises(ConfigurationError, match=own):
+            folder()
+
+
+@pytest.mark.parametrize("name", ["block_size", "num_threads", "max_num_seqs", "kv_memory_mib"])
+def test_what_must_be_one_or_more(name: str) -> None:
+    variable = f"FOREBAY_ENGINE_{name.upper()}"
+    with pytest.raises(ConfigurationError, match=variable):
+        settings.load(settings.EngineSettings, {variable: "0"})
+    assert getattr(settings.load(settings.EngineSettings, {variable: "1"}), name) == 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
 from forebay.deploy.progress import Event, ProgressWriter, Stage
+from forebay.deploy.run_state import LOG_NAME, RAY_LOG_FOLDER
 from forebay.deploy.serve_messages import root_cause
+from forebay.deploy.supervisor import clear_logs
 
 
 def test_events_travel() -> None:
@@ -54,3 +57,13 @@ def test_a_reader_that_left_is_no_error() -> None:
 )
 def test_root_cause(message: str, cause: str) -> None:
     assert root_cause(message) == cause
+
+
+def test_only_our_own_logs_are_cleared(tmp_path: Path) -> None:
+    for name in (LOG_NAME, "gateway.log", "thesis.txt", "notes/a.txt", f"{RAY_LOG_FOLDER}/x.out"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    clear_logs(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {LOG_NAME, "thesis.txt", "notes/a.txt"}
+    assert (tmp_path / LOG_NAME).read_text() == ""

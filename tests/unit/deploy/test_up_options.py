@@ -74,6 +74,10 @@ def test_mixed_replaces_both_pools() -> None:
         (UpOptions(http_port=9, grpc_port=9), "both HTTP and gRPC"),
         (UpOptions(engine="magic"), "torch or sim"),
         (UpOptions(dtype="int1"), "fp32"),
+        (UpOptions(mixed=1, prefill=2), "takes the place of"),
+        (UpOptions(mixed=1, decode=1), "takes the place of"),
+        (UpOptions(threads=99_999), "too many"),
+        (UpOptions(model=""), "empty"),
     ],
 )
 def test_refused(options: UpOptions, message: str) -> None:

@@ -100,7 +100,9 @@ class FakeGenerator:
             raise NotFound(f"no model {request.model}", param="model", code="model_not_found")
         replace(request.params, max_tokens=request.max_tokens or 16).validate(VOCAB_SIZE)
         if isinstance(request.prompt, TokenPrompt) and max(request.prompt.ids) >= VOCAB_SIZE:
-            raise InvalidRequest("prompt: token id outside the vocabulary", param="prompt")
+            raise InvalidRequest(
+                "prompt: token id outside the vocabulary", param=request.prompt_param
+            )
         self.requests.append(request)
         return FakeGeneration(self, request)
 

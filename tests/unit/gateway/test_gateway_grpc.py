@@ -128,9 +128,13 @@ NAN, INF = float("nan"), float("inf")
         (pb.GenerateRequest(model=MODEL), "input"),
         (pb.GenerateRequest(model=MODEL, text=""), "text"),
         (pb.GenerateRequest(model=MODEL, token_ids=pb.TokenIds()), "token_ids.ids"),
-        (request(token_ids=pb.TokenIds(ids=[VOCAB_SIZE])), "prompt"),
+        (request(token_ids=pb.TokenIds(ids=[VOCAB_SIZE])), "token_ids.ids"),
         (pb.GenerateRequest(model=MODEL, chat=pb.Chat()), "messages"),
         (request(chat=pb.Chat(messages=[pb.ChatMessage()])), "messages[0].role"),
+        (
+            request(chat=pb.Chat(messages=[pb.ChatMessage(role="tool", content="x")])),
+            "messages[0].role",
+        ),
         (request(request_id="a b"), "request_id"),
         (request(request_id="a" * 129), "request_id"),
         *(

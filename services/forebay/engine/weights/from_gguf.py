@@ -44,7 +44,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ModelFileError(f"{path}: not a whole GGUF file: {error}") from error
+        raise ModelFileError(f"{path}: not a whole GGUF file") from error
     if reader.byte_order != "I":
         raise ModelFileError(f"{path}: big-endian GGUF is not supported")
     return reader
