@@ -25,18 +25,18 @@ from forebay.text.tokenizer import Tokenizer
 from forebay.worker.process import WorkerProcess
 
 NUM_PROMPTS = 20
-NUM_TOKENS = 20
+NUM_TOKENS = 16
 READY_S = 60.0
 MODEL_ID = "default"
 
 
 def mixed_length_prompts() -> list[ChatPrompt]:
-    """From a few to about 600 tokens; many share a beginning, so that prefix caches are hit."""
+    """From a few to about 400 tokens; many share a beginning, so that prefix caches are hit."""
     rng = random.Random(20)
     topics = ["rivers", "prime numbers", "the moon", "bread", "chess", "rain"]
     prompts = []
     for index in range(NUM_PROMPTS):
-        notes = " ".join(f"Note {i}: {rng.choice(topics)}." for i in range(index * index // 4))
+        notes = " ".join(f"Note {i}: {rng.choice(topics)}." for i in range(index * index // 6))
         question = f"{notes} Tell me something about {topics[index % len(topics)]}."
         prompts.append(ChatPrompt([{"role": "user", "content": question.strip()}]))
     return prompts
@@ -47,7 +47,7 @@ async def gateway_over(
     redis_url: str, model: Path, roles: tuple[WorkerRole, ...]
 ) -> AsyncIterator[GatewayService]:
     engine = EngineSettings(
-        model_path=str(model), model_id=MODEL_ID, dtype="fp32", num_blocks=700, max_batch_tokens=256
+        model_path=str(model), model_id=MODEL_ID, dtype="fp32", num_blocks=700, num_threads=1
     )
     workers = [
         WorkerProcess(WorkerSettings(role=role, redis_url=redis_url, engine=engine))
