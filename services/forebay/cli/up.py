@@ -28,7 +28,14 @@ _port = click.IntRange(1, 65535)
 @click.option("--model", help="The default model's name, a .gguf file or a safetensors folder.")
 @click.option("--prefill", type=_count, help="Prefill workers; 1 unless --mixed is given.")
 @click.option("--decode", type=_count, help="Decode workers; 1 unless --mixed is given.")
-@click.option("--mixed", type=_positive, help="One pool of workers that do both, instead.")
+@click.option(
+    "--mixed",
+    type=_positive,
+    is_flag=False,
+    flag_value=1,
+    metavar="[N]",
+    help="One pool of workers that do both, instead; one worker unless N is given.",
+)
 @click.option(
     "--engine", type=click.Choice(["torch", "sim"]), help="sim: no model, seeded nonsense."
 )

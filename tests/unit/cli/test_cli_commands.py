@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from click.testing import CliRunner, Result
 
 from forebay.cli.main import main
 from forebay.cli.status import size
+from forebay.core.errors import ConfigurationError
+from forebay.deploy.options import UpOptions
 from forebay.deploy.ports import free_ports
 from forebay.rpc.v1 import inference_pb2 as pb
 from forebay.rpc.v1 import inference_pb2_grpc
@@ -164,3 +167,21 @@ def test_a_missing_package_is_one_line() -> None:
 )
 def test_size(num_bytes: int, text: str) -> None:
     assert size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mixed"),
+    [([], 0), (["--mixed"], 1), (["--mixed", "3"], 3), (["--mixed", "--engine=sim"], 1)],
+)
+def test_mixed_takes_a_number_or_none(
+    arguments: list[str], mixed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[UpOptions] = []
+
+    def refuse(options: UpOptions) -> None:
+        asked.append(options)
+        raise ConfigurationError("seen")
+
+    monkeypatch.setattr(importlib.import_module("forebay.cli.up"), "make_plan", refuse)
+    assert run("up", *arguments).exit_code == 1
+    assert [options.mixed for options in asked] == [mixed]
