@@ -81,9 +81,6 @@ class LeaseTable:
             raise KvTransferError(f"no lease {lease_id!r} is held here in epoch {epoch!r}")
         return lease
 
-    def of_owner(self, owner: Hashable) -> Lease | None:
-        return next((lease for lease in self._leases.values() if lease.owner == owner), None)
-
     def begin_write(self, lease: Lease) -> None:
         lease.num_writes += 1
 

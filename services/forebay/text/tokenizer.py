@@ -67,10 +67,6 @@ class Tokenizer:
         return self._eos_ids
 
     @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
     def strips_leading_space(self) -> bool:
         """Whether a decoded text begins without the space its first token may have in front."""
         return self._vocabulary.strips_space

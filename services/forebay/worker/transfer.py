@@ -235,6 +235,8 @@ class KvReceiver:
             raise KvTransferError("the sender's KV layout is not this worker's")
         if header.codec != kv_transfer_pb2.KV_CODEC_RAW:
             raise KvTransferError(f"unknown KV codec {header.codec}")
+        if header.source_rank != 0:
+            raise KvTransferError(f"a frame of rank {header.source_rank}; there is only rank 0")
         if header.head_start != 0 or header.num_heads != layout.num_kv_heads:
             raise KvTransferError("the frame does not carry all heads")
         if header.frame != progress.num_frames:

@@ -119,6 +119,7 @@ def test_a_sender_that_skips_tokens_is_refused(start_token: int) -> None:
         pytest.param(edited(lambda h: setattr(h, "codec", 77)), id="unknown codec"),
         pytest.param(edited(lambda h: setattr(h, "num_heads", 0)), id="no heads"),
         pytest.param(edited(lambda h: setattr(h, "head_start", 1)), id="first head missing"),
+        pytest.param(edited(lambda h: setattr(h, "source_rank", 1)), id="another rank"),
         pytest.param(edited(lambda h: setattr(h, "layer_start", 3)), id="layer again"),
         pytest.param(edited(lambda h: setattr(h, "layer_start", 4)), id="layer past the model"),
         pytest.param(edited(lambda h: setattr(h, "num_layers", 0)), id="no layer"),
