@@ -17,7 +17,7 @@ from forebay.core.clock import Deadline
 from forebay.core.errors import InvalidRequest, KvTransferError, NotFound, Overloaded, Unavailable
 from forebay.core.randomness import Rng
 from forebay.core.roles import WorkerRole
-from forebay.core.sampling import SamplingParams
+from forebay.core.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
 from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSettings
 from forebay.gateway.generation import (
     ChatPrompt,
@@ -129,6 +129,13 @@ async def test_pools_and_mixed_worker_give_the_same_answer(valkey_url: str) -> N
     last = answer[-1]
     assert isinstance(last, Completion)
     assert last.usage.completion_tokens == 30
+
+
+async def test_as_many_stop_tokens_as_a_client_may_name(valkey_url: str) -> None:
+    params = SamplingParams(stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)))
+    async with platform(valkey_url) as pools:
+        events = await pools.collect(replace(REQUEST, params=params, max_tokens=3))
+        assert isinstance(events[-1], Completion)
 
 
 async def test_second_turn_sends_only_what_is_new(valkey_url: str) -> None:

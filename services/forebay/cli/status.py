@@ -7,6 +7,7 @@ import json
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from forebay.cli.console import running_platform
@@ -64,12 +65,14 @@ def _row(item: WorkerStatus) -> list[str]:
 def _print_summary(console: Console, report: PlatformStatus) -> None:
     ready = "[green]ready[/]" if report.gateway_ready else "[red]not ready[/]"
     run = report.run
-    console.print(f"Model {run.model_id} ({run.engine} engine)")
+    console.print(f"Model {escape(run.model_id)} ({run.engine} engine)")
     console.print(f"Gateway {run.http_url} (gRPC {run.grpc_address}): {ready}")
     if not run.ready:
         console.print("The platform is starting.")
     if report.registry_error:
-        console.print(f"[red]The list of workers cannot be read: {report.registry_error}[/]")
+        console.print(
+            f"[red]The list of workers cannot be read: {escape(report.registry_error)}[/]"
+        )
     totals = report.totals()
     console.print(
         f"Total: {totals['running']} running, {totals['waiting']} waiting,"

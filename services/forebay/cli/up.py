@@ -7,6 +7,7 @@ import time
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from forebay.cli.progress_display import show_progress
 from forebay.client import ForebayClient
@@ -76,7 +77,9 @@ def _ask(console: Console, run: RunState) -> None:
     began = time.monotonic()
     answer = asyncio.run(_answer(run))
     note = " (the sim engine's nonsense: it has no model)" if run.engine == "sim" else ""
-    console.print(f"{QUESTION} [bold]{answer}[/bold]{note} ({time.monotonic() - began:.1f} s)")
+    console.print(
+        f"{QUESTION} [bold]{escape(answer)}[/bold]{note} ({time.monotonic() - began:.1f} s)"
+    )
 
 
 async def _answer(run: RunState) -> str:

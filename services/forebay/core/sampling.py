@@ -15,7 +15,7 @@ MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 300
 MIN_TEMPERATURE = 0.01
-"""Below this, dividing logits by the temperature overflows half precision: treated as greedy."""
+"""Below this only the likeliest token has a chance, and dividing by it may overflow: greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
         )
 
-    def validate(self, vocab_size: int) -> None:
+    def validate(self, vocab_size: int, *, max_stop_token_ids: int = MAX_STOP_TOKEN_IDS) -> None:
         """Raises InvalidRequest naming the first field that is out of range."""
         _check_range("temperature", self.temperature, 0.0, 2.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
@@ -72,10 +72,10 @@ class SamplingParams:
         _check_range("seed", self.seed, -(2**63), 2**64 - 1)
         if self.top_logprobs is not None:
             _check_range("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
-        self._validate_stops(vocab_size)
+        self._validate_stops(vocab_size, max_stop_token_ids)
         self._validate_logit_bias(vocab_size)
 
-    def _validate_stops(self, vocab_size: int) -> None:
+    def _validate_stops(self, vocab_size: int, max_stop_token_ids: int) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} strings", param="stop")
         for text in self.stop:
@@ -83,9 +83,9 @@ class SamplingParams:
                 raise InvalidRequest(
                     f"stop: each string needs 1 to {MAX_STOP_STRING_CHARS} characters", param="stop"
                 )
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        if len(self.stop_token_ids) > max_stop_token_ids:
             raise InvalidRequest(
-                f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} ids", param="stop_token_ids"
+                f"stop_token_ids: at most {max_stop_token_ids} ids", param="stop_token_ids"
             )
         for token_id in self.stop_token_ids:
             _check_range("stop_token_ids", token_id, 0, vocab_size - 1)

@@ -40,6 +40,7 @@ class EngineSettings:
     num_blocks: int | None = None
     """KV blocks; None takes as many as kv_memory_mib holds."""
     kv_memory_mib: int = 1024
+    """KV memory of one worker; the sim engine has none and takes num_blocks."""
     max_model_len: int | None = None
     """Prompt plus answer, in tokens; None takes the model's own limit."""
     max_batch_tokens: int = 512
@@ -73,7 +74,7 @@ class WorkerSettings:
     gateway_grace_s: float = 5.0
     """How long a gateway's sequences outlive its step stream."""
     kv_frame_kib: int = 1024
-    """Upper bound of a KV frame's payload (at least one layer goes into a frame)."""
+    """Upper bound of a KV frame's payload (at least one token of one layer goes into a frame)."""
     drain_s: float = 30.0
     step_timeout_s: float = 120.0
     """A step that takes longer makes the worker unhealthy."""
@@ -140,7 +141,8 @@ def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
                 raise ConfigurationError(f"{variable}: must be at least 1")
         elif f.name == "redis_url" and REDIS_URL_VARIABLE in env:
             values[f.name] = env[REDIS_URL_VARIABLE]
-    known = {prefix + f.name.upper() for f in fields(group)}
+    nested: set[str] = {"engine"} if group is WorkerSettings else set()
+    known = {prefix + f.name.upper() for f in fields(group) if f.name not in nested}
     for variable in env:
         if variable.startswith(prefix) and variable not in known:
             raise ConfigurationError(f"{variable}: no such setting")

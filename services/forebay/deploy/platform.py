@@ -182,7 +182,8 @@ class Platform:
         self._raylet = None
         self._services.pop("gcs", None)
         known = {service.pid for service in self._services.values()}
-        end_processes([item for item in self.processes if item.pid not in known], QUICK_END_S)
+        orphans = [item for item in self.processes if item.pid not in known]
+        await asyncio.to_thread(end_processes, orphans, QUICK_END_S)
         await self._start_ray_head()
         logger.info("Ray runs again")
 

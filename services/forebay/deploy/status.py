@@ -144,5 +144,8 @@ async def _ask(registered: worker_pb2.WorkerDescription) -> WorkerStatus:
         return WorkerStatus(WorkerState.UNREACHABLE, registered)
     finally:
         await channel.close()
+    there = (answer.worker.worker_id, answer.worker.epoch)
+    if there != (registered.worker_id, registered.epoch):
+        return WorkerStatus(WorkerState.UNREACHABLE, registered)
     state = WorkerState.DRAINING if answer.worker.draining else WorkerState.READY
     return WorkerStatus(state, answer.worker)

@@ -31,7 +31,7 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """`messages` as the model's chat template wants them; `param` names them in errors."""
+    """`messages` as the model's chat template wants them."""
 
     messages: Sequence[Mapping[str, object]]
 

@@ -114,7 +114,7 @@ class GatewayRequest:
                 or not self._decode_began
                 or any(choice.num_tokens == 0 for choice in self._choices)
             ):
-                raise WorkerLost(f"worker {link.worker_id} was lost with the request on it")
+                raise WorkerLost("a worker was lost with the request on it")
             return
         if output.attempt != self._spec.attempt or output.choice >= len(self._choices):
             return

@@ -8,7 +8,7 @@ them may still land go into quarantine until the write is over.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from forebay.core.errors import KvTransferError
 from forebay.kv.block_pool import BlockPool, Holder
@@ -27,7 +27,7 @@ class Lease:
     num_tokens: int
     expires_at: float
     num_writes: int = 0
-    ended: bool = field(default=False)
+    ended: bool = False
 
 
 class LeaseTable:

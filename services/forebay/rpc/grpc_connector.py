@@ -189,10 +189,22 @@ def _translated(address: str) -> Iterator[None]:
     except grpc.aio.AioRpcError as error:
         trailing: Any = error.trailing_metadata()
         metadata = dict(trailing or ())
-        raise from_grpc(error.code(), f"{address}: {error.details()}", metadata) from error
+        raise from_grpc(error.code(), _message(error, address), metadata) from error
     except grpc.aio.UsageError as error:
         raise Unavailable(f"{address}: the connection is closed") from error
     except asyncio.CancelledError:
         if task is None or task.cancelling() > num_cancels:
             raise
         raise Unavailable(f"{address}: the connection was closed") from None
+
+
+def _message(error: grpc.aio.AioRpcError, address: str) -> str:
+    """What the peer said of a request may reach the client as it is; what is said of the peer, or
+    of the way to it, names it."""
+    details = error.details() or ""
+    about_the_request = error.code() in (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
+    return details if about_the_request else f"{address}: {details}"

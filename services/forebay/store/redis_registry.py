@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import cast
 
 import redis.asyncio as redis
+from google.protobuf.message import DecodeError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from forebay.core.errors import ConfigurationError, Unavailable
 from forebay.rpc.v1 import worker_pb2
+
+log = logging.getLogger(__name__)
 
 _IDS = "forebay:workers"
 _TIMEOUT_S = 2.0
@@ -63,11 +67,15 @@ class RedisRegistry:
             gone = [i for i, record in zip(ids, records, strict=True) if record is None]
             if gone:
                 await self._client.srem(_IDS, *gone)
-        return [
-            worker_pb2.WorkerDescription.FromString(cast(bytes, record))
-            for record in records
-            if record is not None
-        ]
+        workers = []
+        for worker_id, record in zip(ids, records, strict=True):
+            try:
+                if record is not None:
+                    worker = worker_pb2.WorkerDescription.FromString(cast(bytes, record))
+                    workers.append(worker)
+            except DecodeError:
+                log.warning("the record of worker %s cannot be read", worker_id)
+        return workers
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -61,11 +61,11 @@ class Transfers:
         except ForebayError as failure:
             log.warning("KV transfer of %s failed: %s", request.key.request_id, failure.message)
             self.num_failures += 1
-            error = f"KV transfer failed: {failure.message}"
+            error = "the KV transfer failed"
         except Exception:
             log.exception("KV transfer of %s broke", request.key.request_id)
             self.num_failures += 1
-            error = "KV transfer failed: internal error"
+            error = "the KV transfer failed"
         self._engine.release(prefilled.sequence)
         self._on_end(request, prefilled, error)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from forebay.core import clock
 from forebay.core.clock import Deadline
 from forebay.core.errors import DeadlineExceeded, InvalidRequest
-from forebay.core.sampling import SamplingParams
+from forebay.core.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
 from forebay.engine.sequence import RequestKey
 from forebay.kv.block_hash import HASH_BYTES
 from forebay.rpc.conversions import sampling_from_proto
@@ -49,7 +49,7 @@ def accept(spec: worker_pb2.SequenceSpec, model: worker_pb2.ModelInfo) -> Worker
     if spec.timeout_ms == 0:
         raise DeadlineExceeded("the request's deadline has passed")
     params = sampling_from_proto(spec.sampling)
-    params.validate(model.vocab_size)
+    params.validate(model.vocab_size, max_stop_token_ids=2 * MAX_STOP_TOKEN_IDS)
     return WorkerRequest(
         key=RequestKey(spec.gateway_id, spec.request_id),
         attempt=spec.attempt,

@@ -65,6 +65,8 @@ class StepStreams:
             while True:
                 self._check_current(gateway_id, stream)
                 if not stream.buffer:
+                    if self._closed:
+                        raise Unavailable("the worker stops")
                     stream.filled.clear()
                     await stream.filled.wait()
                     continue
@@ -75,8 +77,6 @@ class StepStreams:
 
     def _check_current(self, gateway_id: str, stream: _Stream) -> None:
         """Raises Unavailable or Overloaded when `stream` has to end."""
-        if self._closed:
-            raise Unavailable("the worker stops")
         if self._streams.get(gateway_id) is not stream:
             raise Unavailable("the gateway has opened another step stream")
         if stream.overrun:

@@ -6,7 +6,7 @@ No sockets, threads or clocks of its own: it runs as it is in the simulator.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 
 from forebay.core import clock
@@ -198,6 +198,8 @@ class Worker:
         if self._prefill_room() == 0:
             raise Overloaded("enough prompt tokens wait here already")
         request.target = message.target if message.HasField("target") else None
+        if message.target.start_token > len(request.prompt):
+            raise InvalidRequest("start_token lies past the prompt", param="target.start_token")
         self.engine.submit(
             request.key,
             request.attempt,
@@ -221,6 +223,7 @@ class Worker:
         hello: worker_pb2.StepsRequest | None = await anext(messages, None)
         if hello is None or not hello.hello.gateway_id:
             raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
+        self._abort_all((hello.hello.gateway_id,))  # of an earlier stream: it is not resumed
         answer = worker_pb2.StepsResponse(load=self.load())
         async with aclosing(self._streams.serve(hello.hello.gateway_id, answer)) as stream:
             async for message in stream:
@@ -233,7 +236,8 @@ class Worker:
             return worker_pb2.AbortResponse(found=False)
         found = self._abort(key, frozenset(message.choices))
         if not found and not message.choices:
-            self._aborted[key] = (message.attempt, clock.now())
+            before, _ = self._aborted.get(key, (0, 0.0))
+            self._aborted[key] = (max(before, message.attempt), clock.now())
         return worker_pb2.AbortResponse(found=found)
 
     async def drain(self, message: worker_pb2.DrainRequest) -> worker_pb2.DrainResponse:
@@ -269,7 +273,7 @@ class Worker:
         a block, those that wait (preempted ones too) could start, and a slot of the batch is free
         for each of its choices."""
         pool, engine = self.engine.pool, self.engine
-        num_seqs = engine.num_running + engine.num_waiting + len(self._reservations)
+        num_seqs = sum(len(known.going_on) for known in self._requests.values())
         if num_seqs and num_seqs + request.params.n > engine.max_num_seqs:
             raise Overloaded(f"{num_seqs} sequences are here already")
         wanted = engine.num_waiting_blocks + pool.blocks_for(len(request.prompt))
@@ -304,11 +308,15 @@ class Worker:
         self._loop.wake()
         return any(parts)
 
+    def _abort_all(self, gateway_ids: Collection[str]) -> None:
+        for key in [key for key in self._requests if key.gateway_id in gateway_ids]:
+            self._abort(key, frozenset())
+
     def _on_outcome(self, outcome: StepOutcome) -> None:
         by_gateway: dict[str, list[worker_pb2.SequenceOutput]] = {}
         for output in outcome.outputs:
-            request = self._requests[output.key]
-            if output.choice not in request.going_on:
+            request = self._requests.get(output.key)
+            if request is None or output.choice not in request.going_on:
                 self.engine.abort(output.key, frozenset((output.choice,)))
                 continue
             if output.offset == 0 and not request.first_token_sent:
@@ -322,7 +330,11 @@ class Worker:
             message = output_to_proto(output)
             by_gateway.setdefault(output.key.gateway_id, []).append(message)
         for prefilled in outcome.prefilled:
-            self._transfers.start(self._requests[prefilled.sequence.key], prefilled)
+            wanting = self._requests.get(prefilled.sequence.key)
+            if wanting is None:
+                self.engine.release(prefilled.sequence)
+            else:
+                self._transfers.start(wanting, prefilled)
         for gateway_id, outputs in by_gateway.items():
             self._send(gateway_id, outputs)
 
@@ -387,5 +399,4 @@ class Worker:
         for key in [key for key, (_, since) in self._aborted.items() if since <= forgotten]:
             del self._aborted[key]
         gone = self._streams.expire(clock.now() - self._settings.gateway_grace_s)
-        for key in [key for key in self._requests if key.gateway_id in gone]:
-            self._abort(key, frozenset())
+        self._abort_all(gone)

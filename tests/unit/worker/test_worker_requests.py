@@ -184,6 +184,40 @@ async def test_a_choice_aborted_before_its_first_token_ends_with_it() -> None:
 
 
 @in_virtual_time
+async def test_the_other_choice_may_end_with_its_first_token() -> None:
+    for wanted_gone in (0, 1):
+        async with running() as bench:
+            request = spec(n=2, max_tokens=1)
+            await prefill(bench, request)
+            await bench.worker.abort(abort_of(request, wanted_gone))
+            await asyncio.sleep(10)
+            assert [output.choice for output in bench.outputs] == [1 - wanted_gone]
+            bench.check_empty()
+
+
+@in_virtual_time
+async def test_every_choice_of_a_reservation_takes_a_place() -> None:
+    async with running(WorkerRole.DECODE) as bench:
+        await reserve(bench, spec("a", n=3))
+        with pytest.raises(Overloaded):
+            await reserve(bench, spec("b", n=3))
+        await bench.worker.abort(abort_of(spec("a")))
+        await reserve(bench, spec("b", n=3))
+        await bench.worker.abort(abort_of(spec("b")))
+        bench.check_empty()
+
+
+@in_virtual_time
+async def test_a_gateway_that_comes_back_starts_anew() -> None:
+    async with running() as bench:
+        await prefill(bench, spec(max_tokens=1000))
+        await asyncio.sleep(0.1)
+        await bench.attach()
+        await asyncio.sleep(1)
+        bench.check_empty()
+
+
+@in_virtual_time
 async def test_attempts_of_a_request_follow_one_another() -> None:
     async with running(WorkerRole.DECODE) as bench:
         first = await reserve(bench, spec(attempt=1))

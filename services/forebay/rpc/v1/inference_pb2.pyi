@@ -131,7 +131,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """system, user or assistant; other roles where the model's template knows them."""
+    """system, developer (taken as system), user or assistant."""
     content: _builtins.str
     def __init__(
         self,

@@ -88,7 +88,7 @@ class KvFrameHeader(_message.Message):
     lease_id: _builtins.str
     epoch: _builtins.str
     frame: _builtins.int
-    """0, 1, 2, ... within the lease."""
+    """0, 1, 2, ... within the push."""
     codec: Global___KvCodec.ValueType
     source_rank: _builtins.int
     layer_start: _builtins.int

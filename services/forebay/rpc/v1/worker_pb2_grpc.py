@@ -118,7 +118,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Leaves the registry, refuses new work, waits for running sequences up to timeout_ms.
+        """Refuses new work, tells the registry so, waits for running sequences up to timeout_ms.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
