@@ -1,8 +1,9 @@
-"""Between the engine's outputs and what travels on the step stream."""
+"""The engine's outputs and figures as they travel to gateways."""
 
 from __future__ import annotations
 
 from forebay.core.finish import FinishReason
+from forebay.engine.engine import Engine
 from forebay.engine.interface import SampledToken
 from forebay.engine.sequence import TokenOutput
 from forebay.rpc.conversions import finish_to_proto
@@ -55,3 +56,33 @@ def tokens_from_proto(output: worker_pb2.SequenceOutput) -> list[SampledToken]:
         )
         for entry in output.logprobs
     ]
+
+
+def load_of(engine: Engine, prefill_room_tokens: int) -> worker_pb2.WorkerLoad:
+    counts = engine.pool.counts()
+    return worker_pb2.WorkerLoad(
+        num_running=engine.num_running,
+        num_waiting=engine.num_waiting,
+        num_pending_prefill_tokens=engine.num_pending_prefill_tokens,
+        prefill_room_tokens=prefill_room_tokens,
+        kv_blocks=worker_pb2.KvBlocks(
+            total=counts.total,
+            free=counts.free,
+            cached=counts.cached,
+            used=counts.used,
+            leased=counts.leased,
+            quarantined=counts.quarantined,
+        ),
+    )
+
+
+def counters_of(engine: Engine) -> worker_pb2.WorkerCounters:
+    """The engine's share; transfers and leases are the worker's to add."""
+    counters = engine.counters
+    return worker_pb2.WorkerCounters(
+        prompt_tokens=counters.prompt_tokens,
+        generation_tokens=counters.generation_tokens,
+        prefix_cache_queries=counters.prefix_cache_queries,
+        prefix_cache_hits=counters.prefix_cache_hits,
+        preemptions=engine.num_preemptions,
+    )

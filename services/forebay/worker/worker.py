@@ -17,7 +17,7 @@ from forebay.core.settings import WorkerSettings
 from forebay.engine.engine import Engine, Prefilled, StepOutcome
 from forebay.engine.interface import Runner
 from forebay.engine.sequence import RequestKey, Sequence
-from forebay.engine.wire import error_to_proto, output_to_proto
+from forebay.engine.wire import counters_of, error_to_proto, load_of, output_to_proto
 from forebay.kv.block_pool import OutOfBlocks
 from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc import methods
@@ -122,25 +122,16 @@ class Worker:
         return not (self.engine.num_sequences or self._reservations or self._transfers)
 
     def load(self) -> worker_pb2.WorkerLoad:
-        counts = self.engine.pool.counts()
-        return worker_pb2.WorkerLoad(
-            num_running=self.engine.num_running,
-            num_waiting=self.engine.num_waiting,
-            num_pending_prefill_tokens=self.engine.num_pending_prefill_tokens,
-            prefill_room_tokens=self._prefill_room(),
-            kv_blocks=worker_pb2.KvBlocks(
-                total=counts.total,
-                free=counts.free,
-                cached=counts.cached,
-                used=counts.used,
-                leased=counts.leased,
-                quarantined=counts.quarantined,
-            ),
-        )
+        return load_of(self.engine, self._prefill_room())
 
     def description(self) -> worker_pb2.WorkerDescription:
         """Only reads, so that the metrics listener's thread may call it too."""
-        counters = self.engine.counters
+        counters = counters_of(self.engine)
+        counters.kv_bytes_sent = self._sender.num_bytes
+        counters.kv_bytes_received = self._receiver.num_bytes
+        counters.kv_transfer_failures = self._transfers.num_failures + self._receiver.num_failures
+        counters.expired_leases = self.leases.num_expired
+        counters.requests = self._num_requests
         return worker_pb2.WorkerDescription(
             worker_id=self.worker_id,
             epoch=self.epoch,
@@ -152,18 +143,7 @@ class Worker:
             load=self.load(),
             metrics_url=self.metrics_url,
             protocol_version=PROTOCOL_VERSION,
-            counters=worker_pb2.WorkerCounters(
-                kv_bytes_sent=self._sender.num_bytes,
-                kv_bytes_received=self._receiver.num_bytes,
-                prompt_tokens=counters.prompt_tokens,
-                generation_tokens=counters.generation_tokens,
-                prefix_cache_queries=counters.prefix_cache_queries,
-                prefix_cache_hits=counters.prefix_cache_hits,
-                preemptions=self.engine.num_preemptions,
-                kv_transfer_failures=self._transfers.num_failures + self._receiver.num_failures,
-                expired_leases=self.leases.num_expired,
-                requests=self._num_requests,
-            ),
+            counters=counters,
         )
 
     async def describe(self, _: worker_pb2.DescribeRequest) -> worker_pb2.DescribeResponse:
