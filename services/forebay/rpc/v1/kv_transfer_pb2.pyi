@@ -85,6 +85,7 @@ class KvFrameHeader(_message.Message):
     TOKEN_START_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.str
     frame: _builtins.int
@@ -99,6 +100,8 @@ class KvFrameHeader(_message.Message):
     num_tokens: _builtins.int
     crc32c: _builtins.int
     """CRC-32C of the payload."""
+    protocol_version: _builtins.int
+    """The sender's; it must be the receiver's."""
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     def __init__(
@@ -117,10 +120,11 @@ class KvFrameHeader(_message.Message):
         token_start: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         crc32c: _builtins.int = ...,
+        protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "crc32c", b"crc32c", "epoch", b"epoch", "frame", b"frame", "head_start", b"head_start", "layer_start", b"layer_start", "layout", b"layout", "lease_id", b"lease_id", "num_heads", b"num_heads", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "source_rank", b"source_rank", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "crc32c", b"crc32c", "epoch", b"epoch", "frame", b"frame", "head_start", b"head_start", "layer_start", b"layer_start", "layout", b"layout", "lease_id", b"lease_id", "num_heads", b"num_heads", "num_layers", b"num_layers", "num_tokens", b"num_tokens", "protocol_version", b"protocol_version", "source_rank", b"source_rank", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

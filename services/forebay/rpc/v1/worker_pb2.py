@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from forebay.rpc.v1 import inference_pb2 as forebay_dot_rpc_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay/rpc/v1/worker.proto\x12\x0e\x66orebay.rpc.v1\x1a\x1e\x66orebay/rpc/v1/inference.proto\"\x11\n\x0f\x44\x65scribeRequest\"E\n\x10\x44\x65scribeResponse\x12\x31\n\x06worker\x18\x01 \x01(\x0b\x32!.forebay.rpc.v1.WorkerDescription\"\x84\x03\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.forebay.rpc.v1.WorkerRole\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12/\n\tendpoints\x18\x05 \x03(\x0b\x32\x1c.forebay.rpc.v1.RankEndpoint\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.forebay.rpc.v1.ModelInfo\x12+\n\tkv_layout\x18\x07 \x01(\x0b\x32\x18.forebay.rpc.v1.KvLayout\x12(\n\x04load\x18\x08 \x01(\x0b\x32\x1a.forebay.rpc.v1.WorkerLoad\x12\x30\n\x08\x63ounters\x18\t \x01(\x0b\x32\x1e.forebay.rpc.v1.WorkerCounters\x12\x13\n\x0bmetrics_url\x18\n \x01(\t\x12\x18\n\x10protocol_version\x18\x0b \x01(\r\"-\n\x0cRankEndpoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa4\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\"\xc4\x01\n\x08KvLayout\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08kv_group\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12&\n\x05\x64type\x18\x06 \x01(\x0e\x32\x17.forebay.rpc.v1.KvDtype\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x1d\n\x15\x62ytes_per_token_layer\x18\x08 \x01(\r\"\xa4\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12+\n\tkv_blocks\x18\x04 \x01(\x0b\x32\x18.forebay.rpc.v1.KvBlocks\x12\x1b\n\x13prefill_room_tokens\x18\x05 \x01(\x04\"j\n\x08KvBlocks\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04used\x18\x04 \x01(\r\x12\x0e\n\x06leased\x18\x05 \x01(\r\x12\x13\n\x0bquarantined\x18\x06 \x01(\r\"\x8a\x02\n\x0eWorkerCounters\x12\x15\n\rkv_bytes_sent\x18\x01 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11generation_tokens\x18\x04 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x05 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x1c\n\x14kv_transfer_failures\x18\x08 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\t \x01(\x04\x12\x10\n\x08requests\x18\n \x01(\x04\"\x15\n\x13GetTokenizerRequest\".\n\x14GetTokenizerResponse\x12\x16\n\x0etokenizer_spec\x18\x01 \x01(\x0c\"\xbb\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.forebay.rpc.v1.SamplingParams\x12\x12\n\ncache_root\x18\x06 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x07 \x01(\x04\"@\n\x0eReserveRequest\x12.\n\x08sequence\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.SequenceSpec\"_\n\x0fReserveResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"p\n\x0ePrefillRequest\x12.\n\x08sequence\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.SequenceSpec\x12.\n\x06target\x18\x02 \x01(\x0b\x32\x1e.forebay.rpc.v1.TransferTarget\"W\n\x0eTransferTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x13\n\x0bstart_token\x18\x04 \x01(\r\"\x11\n\x0fPrefillResponse\"H\n\x0cStepsRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.GatewayHelloH\x00\x42\t\n\x07message\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"x\n\rStepsResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12/\n\x07outputs\x18\x02 \x03(\x0b\x32\x1e.forebay.rpc.v1.SequenceOutput\x12(\n\x04load\x18\x03 \x01(\x0b\x32\x1a.forebay.rpc.v1.WorkerLoad\"\xf7\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.forebay.rpc.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1c.forebay.rpc.v1.FinishReason\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\"X\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"!\n\rDrainResponse\x12\x10\n\x08num_left\x18\x01 \x01(\r*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03*n\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x11\n\rKV_DTYPE_FP32\x10\x01\x12\x11\n\rKV_DTYPE_BF16\x10\x02\x12\x11\n\rKV_DTYPE_FP16\x10\x03\x12\x10\n\x0cKV_DTYPE_SIM\x10\x04\x32\xa7\x04\n\rWorkerService\x12M\n\x08\x44\x65scribe\x12\x1f.forebay.rpc.v1.DescribeRequest\x1a .forebay.rpc.v1.DescribeResponse\x12Y\n\x0cGetTokenizer\x12#.forebay.rpc.v1.GetTokenizerRequest\x1a$.forebay.rpc.v1.GetTokenizerResponse\x12J\n\x07Reserve\x12\x1e.forebay.rpc.v1.ReserveRequest\x1a\x1f.forebay.rpc.v1.ReserveResponse\x12J\n\x07Prefill\x12\x1e.forebay.rpc.v1.PrefillRequest\x1a\x1f.forebay.rpc.v1.PrefillResponse\x12H\n\x05Steps\x12\x1c.forebay.rpc.v1.StepsRequest\x1a\x1d.forebay.rpc.v1.StepsResponse(\x01\x30\x01\x12\x44\n\x05\x41\x62ort\x12\x1c.forebay.rpc.v1.AbortRequest\x1a\x1d.forebay.rpc.v1.AbortResponse\x12\x44\n\x05\x44rain\x12\x1c.forebay.rpc.v1.DrainRequest\x1a\x1d.forebay.rpc.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay/rpc/v1/worker.proto\x12\x0e\x66orebay.rpc.v1\x1a\x1e\x66orebay/rpc/v1/inference.proto\"\x11\n\x0f\x44\x65scribeRequest\"E\n\x10\x44\x65scribeResponse\x12\x31\n\x06worker\x18\x01 \x01(\x0b\x32!.forebay.rpc.v1.WorkerDescription\"\x84\x03\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.forebay.rpc.v1.WorkerRole\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12/\n\tendpoints\x18\x05 \x03(\x0b\x32\x1c.forebay.rpc.v1.RankEndpoint\x12(\n\x05model\x18\x06 \x01(\x0b\x32\x19.forebay.rpc.v1.ModelInfo\x12+\n\tkv_layout\x18\x07 \x01(\x0b\x32\x18.forebay.rpc.v1.KvLayout\x12(\n\x04load\x18\x08 \x01(\x0b\x32\x1a.forebay.rpc.v1.WorkerLoad\x12\x30\n\x08\x63ounters\x18\t \x01(\x0b\x32\x1e.forebay.rpc.v1.WorkerCounters\x12\x13\n\x0bmetrics_url\x18\n \x01(\t\x12\x18\n\x10protocol_version\x18\x0b \x01(\r\"-\n\x0cRankEndpoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa4\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\"\xc4\x01\n\x08KvLayout\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08kv_group\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12&\n\x05\x64type\x18\x06 \x01(\x0e\x32\x17.forebay.rpc.v1.KvDtype\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x1d\n\x15\x62ytes_per_token_layer\x18\x08 \x01(\r\"\xa4\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\"\n\x1anum_pending_prefill_tokens\x18\x03 \x01(\x04\x12+\n\tkv_blocks\x18\x04 \x01(\x0b\x32\x18.forebay.rpc.v1.KvBlocks\x12\x1b\n\x13prefill_room_tokens\x18\x05 \x01(\x04\"j\n\x08KvBlocks\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0c\n\x04used\x18\x04 \x01(\r\x12\x0e\n\x06leased\x18\x05 \x01(\r\x12\x13\n\x0bquarantined\x18\x06 \x01(\r\"\x8a\x02\n\x0eWorkerCounters\x12\x15\n\rkv_bytes_sent\x18\x01 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11generation_tokens\x18\x04 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x05 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x1c\n\x14kv_transfer_failures\x18\x08 \x01(\x04\x12\x16\n\x0e\x65xpired_leases\x18\t \x01(\x04\x12\x10\n\x08requests\x18\n \x01(\x04\"\x15\n\x13GetTokenizerRequest\".\n\x14GetTokenizerResponse\x12\x16\n\x0etokenizer_spec\x18\x01 \x01(\x0c\"\xe9\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.forebay.rpc.v1.SamplingParams\x12\x12\n\ncache_root\x18\x06 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x07 \x01(\x04\x12\x1b\n\x13generated_token_ids\x18\x08 \x03(\r\x12\x0f\n\x07\x63hoices\x18\t \x03(\r\"@\n\x0eReserveRequest\x12.\n\x08sequence\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.SequenceSpec\"_\n\x0fReserveResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"p\n\x0ePrefillRequest\x12.\n\x08sequence\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.SequenceSpec\x12.\n\x06target\x18\x02 \x01(\x0b\x32\x1e.forebay.rpc.v1.TransferTarget\"W\n\x0eTransferTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x13\n\x0bstart_token\x18\x04 \x01(\r\"\x11\n\x0fPrefillResponse\"t\n\x0cStepsRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.forebay.rpc.v1.GatewayHelloH\x00\x12*\n\x07renewal\x18\x02 \x01(\x0b\x32\x17.forebay.rpc.v1.RenewalH\x00\x42\t\n\x07message\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x1e\n\x07Renewal\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x8a\x01\n\rStepsResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12/\n\x07outputs\x18\x02 \x03(\x0b\x32\x1e.forebay.rpc.v1.SequenceOutput\x12(\n\x04load\x18\x03 \x01(\x0b\x32\x1a.forebay.rpc.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\x8a\x02\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.forebay.rpc.v1.TokenLogprob\x12\x33\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1c.forebay.rpc.v1.FinishReason\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\t \x01(\r\x12\x11\n\tresumable\x18\n \x01(\x08\"X\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"!\n\rDrainResponse\x12\x10\n\x08num_left\x18\x01 \x01(\r*q\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x15\n\x11WORKER_ROLE_MIXED\x10\x03*n\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x11\n\rKV_DTYPE_FP32\x10\x01\x12\x11\n\rKV_DTYPE_BF16\x10\x02\x12\x11\n\rKV_DTYPE_FP16\x10\x03\x12\x10\n\x0cKV_DTYPE_SIM\x10\x04\x32\xa7\x04\n\rWorkerService\x12M\n\x08\x44\x65scribe\x12\x1f.forebay.rpc.v1.DescribeRequest\x1a .forebay.rpc.v1.DescribeResponse\x12Y\n\x0cGetTokenizer\x12#.forebay.rpc.v1.GetTokenizerRequest\x1a$.forebay.rpc.v1.GetTokenizerResponse\x12J\n\x07Reserve\x12\x1e.forebay.rpc.v1.ReserveRequest\x1a\x1f.forebay.rpc.v1.ReserveResponse\x12J\n\x07Prefill\x12\x1e.forebay.rpc.v1.PrefillRequest\x1a\x1f.forebay.rpc.v1.PrefillResponse\x12H\n\x05Steps\x12\x1c.forebay.rpc.v1.StepsRequest\x1a\x1d.forebay.rpc.v1.StepsResponse(\x01\x30\x01\x12\x44\n\x05\x41\x62ort\x12\x1c.forebay.rpc.v1.AbortRequest\x1a\x1d.forebay.rpc.v1.AbortResponse\x12\x44\n\x05\x44rain\x12\x1c.forebay.rpc.v1.DrainRequest\x1a\x1d.forebay.rpc.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.rpc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=2838
-  _globals['_WORKERROLE']._serialized_end=2951
-  _globals['_KVDTYPE']._serialized_start=2953
-  _globals['_KVDTYPE']._serialized_end=3063
+  _globals['_WORKERROLE']._serialized_start=2998
+  _globals['_WORKERROLE']._serialized_end=3111
+  _globals['_KVDTYPE']._serialized_start=3113
+  _globals['_KVDTYPE']._serialized_end=3223
   _globals['_DESCRIBEREQUEST']._serialized_start=79
   _globals['_DESCRIBEREQUEST']._serialized_end=96
   _globals['_DESCRIBERESPONSE']._serialized_start=98
@@ -59,33 +59,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTOKENIZERRESPONSE']._serialized_start=1540
   _globals['_GETTOKENIZERRESPONSE']._serialized_end=1586
   _globals['_SEQUENCESPEC']._serialized_start=1589
-  _globals['_SEQUENCESPEC']._serialized_end=1776
-  _globals['_RESERVEREQUEST']._serialized_start=1778
-  _globals['_RESERVEREQUEST']._serialized_end=1842
-  _globals['_RESERVERESPONSE']._serialized_start=1844
-  _globals['_RESERVERESPONSE']._serialized_end=1939
-  _globals['_PREFILLREQUEST']._serialized_start=1941
-  _globals['_PREFILLREQUEST']._serialized_end=2053
-  _globals['_TRANSFERTARGET']._serialized_start=2055
-  _globals['_TRANSFERTARGET']._serialized_end=2142
-  _globals['_PREFILLRESPONSE']._serialized_start=2144
-  _globals['_PREFILLRESPONSE']._serialized_end=2161
-  _globals['_STEPSREQUEST']._serialized_start=2163
-  _globals['_STEPSREQUEST']._serialized_end=2235
-  _globals['_GATEWAYHELLO']._serialized_start=2237
-  _globals['_GATEWAYHELLO']._serialized_end=2271
-  _globals['_STEPSRESPONSE']._serialized_start=2273
-  _globals['_STEPSRESPONSE']._serialized_end=2393
-  _globals['_SEQUENCEOUTPUT']._serialized_start=2396
-  _globals['_SEQUENCEOUTPUT']._serialized_end=2643
-  _globals['_ABORTREQUEST']._serialized_start=2645
-  _globals['_ABORTREQUEST']._serialized_end=2733
-  _globals['_ABORTRESPONSE']._serialized_start=2735
-  _globals['_ABORTRESPONSE']._serialized_end=2765
-  _globals['_DRAINREQUEST']._serialized_start=2767
-  _globals['_DRAINREQUEST']._serialized_end=2801
-  _globals['_DRAINRESPONSE']._serialized_start=2803
-  _globals['_DRAINRESPONSE']._serialized_end=2836
-  _globals['_WORKERSERVICE']._serialized_start=3066
-  _globals['_WORKERSERVICE']._serialized_end=3617
+  _globals['_SEQUENCESPEC']._serialized_end=1822
+  _globals['_RESERVEREQUEST']._serialized_start=1824
+  _globals['_RESERVEREQUEST']._serialized_end=1888
+  _globals['_RESERVERESPONSE']._serialized_start=1890
+  _globals['_RESERVERESPONSE']._serialized_end=1985
+  _globals['_PREFILLREQUEST']._serialized_start=1987
+  _globals['_PREFILLREQUEST']._serialized_end=2099
+  _globals['_TRANSFERTARGET']._serialized_start=2101
+  _globals['_TRANSFERTARGET']._serialized_end=2188
+  _globals['_PREFILLRESPONSE']._serialized_start=2190
+  _globals['_PREFILLRESPONSE']._serialized_end=2207
+  _globals['_STEPSREQUEST']._serialized_start=2209
+  _globals['_STEPSREQUEST']._serialized_end=2325
+  _globals['_GATEWAYHELLO']._serialized_start=2327
+  _globals['_GATEWAYHELLO']._serialized_end=2361
+  _globals['_RENEWAL']._serialized_start=2363
+  _globals['_RENEWAL']._serialized_end=2393
+  _globals['_STEPSRESPONSE']._serialized_start=2396
+  _globals['_STEPSRESPONSE']._serialized_end=2534
+  _globals['_SEQUENCEOUTPUT']._serialized_start=2537
+  _globals['_SEQUENCEOUTPUT']._serialized_end=2803
+  _globals['_ABORTREQUEST']._serialized_start=2805
+  _globals['_ABORTREQUEST']._serialized_end=2893
+  _globals['_ABORTRESPONSE']._serialized_start=2895
+  _globals['_ABORTRESPONSE']._serialized_end=2925
+  _globals['_DRAINREQUEST']._serialized_start=2927
+  _globals['_DRAINREQUEST']._serialized_end=2961
+  _globals['_DRAINRESPONSE']._serialized_start=2963
+  _globals['_DRAINRESPONSE']._serialized_end=2996
+  _globals['_WORKERSERVICE']._serialized_start=3226
+  _globals['_WORKERSERVICE']._serialized_end=3777
 # @@protoc_insertion_point(module_scope)

@@ -434,6 +434,8 @@ class SequenceSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CACHE_ROOT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the gateway's tries; messages of an older attempt are void."""
@@ -449,6 +451,16 @@ class SequenceSpec(_message.Message):
     def sampling(self) -> _inference_pb2.SamplingParams:
         """Fully resolved by the gateway, stop_token_ids with the model's own end tokens included."""
 
+    @_builtins.property
+    def generated_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What the one choice in `choices` has generated before, on another worker or in another attempt:
+        its KV is computed like the prompt's, and sampling goes on after it.
+        """
+
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The choices wanted; empty: all n. One only with generated_token_ids."""
+
     def __init__(
         self,
         *,
@@ -459,10 +471,12 @@ class SequenceSpec(_message.Message):
         sampling: _inference_pb2.SamplingParams | None = ...,
         cache_root: _builtins.bytes = ...,
         timeout_ms: _builtins.int = ...,
+        generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        choices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_root", b"cache_root", "gateway_id", b"gateway_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_root", b"cache_root", "choices", b"choices", "gateway_id", b"gateway_id", "generated_token_ids", b"generated_token_ids", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,6 +513,7 @@ class ReserveResponse(_message.Message):
     lease_id: _builtins.str
     epoch: _builtins.str
     lease_ms: _builtins.int
+    """Time left unless renewed."""
     num_cached_tokens: _builtins.int
     """Leading prompt tokens whose KV this worker already holds."""
     def __init__(
@@ -592,20 +607,24 @@ class StepsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
+    RENEWAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___GatewayHello:
         """First on every stream."""
 
+    @_builtins.property
+    def renewal(self) -> Global___Renewal: ...
     def __init__(
         self,
         *,
         hello: Global___GatewayHello | None = ...,
+        renewal: Global___Renewal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "renewal", b"renewal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "renewal", b"renewal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "renewal"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -631,16 +650,47 @@ class GatewayHello(_message.Message):
 Global___GatewayHello: _TypeAlias = GatewayHello  # noqa: Y015
 
 @_typing.final
+class Renewal(_message.Message):
+    """Everything the gateway still wants from this worker. Whatever a worker holds for a request
+    (reserved blocks, a prompt, KV on its way, running sequences) it holds under one lease, which
+    begins with the request, is prolonged by being named here, and ends the request when it runs
+    out: an abort that was lost frees its blocks all the same.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Renewal: _TypeAlias = Renewal  # noqa: Y015
+
+@_typing.final
 class StepsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """0 and no outputs: the worker's answer to the hello."""
+    draining: _builtins.bool
+    """New requests are refused; those that run finish, or are handed back when the time is up."""
     @_builtins.property
-    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]: ...
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
+        """None in a sign of life, sent when there was nothing else to send for a while."""
+
     @_builtins.property
     def load(self) -> Global___WorkerLoad: ...
     def __init__(
@@ -649,10 +699,11 @@ class StepsResponse(_message.Message):
         step: _builtins.int = ...,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         load: Global___WorkerLoad | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -671,6 +722,7 @@ class SequenceOutput(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     choice: _builtins.int
@@ -681,7 +733,9 @@ class SequenceOutput(_message.Message):
     error: _builtins.str
     """With FINISH_REASON_ERROR."""
     num_cached_tokens: _builtins.int
-    """With offset 0: prompt tokens found in the prefix cache."""
+    """With an attempt's first token: tokens found in the prefix cache."""
+    resumable: _builtins.bool
+    """With FINISH_REASON_ERROR: the choice may go on elsewhere from its tokens so far."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -700,10 +754,11 @@ class SequenceOutput(_message.Message):
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         error: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
+        resumable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "offset", b"offset", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "offset", b"offset", "request_id", b"request_id", "resumable", b"resumable", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
