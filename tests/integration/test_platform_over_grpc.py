@@ -14,7 +14,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import InvalidRequest, KvTransferError, NotFound, Overloaded, Unavailable
+from forebay.core.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    KvTransferError,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from forebay.core.randomness import Rng
 from forebay.core.roles import WorkerRole
 from forebay.core.sampling import MAX_STOP_TOKEN_IDS, SamplingParams
@@ -198,14 +205,39 @@ async def test_gateway_that_dies_frees_every_block(valkey_url: str) -> None:
                 pass
 
 
-async def test_lost_decode_worker_is_an_error_and_not_a_short_answer(valkey_url: str) -> None:
+@pytest.mark.parametrize("grace_s", [0.0, 0.3, 30.0])
+async def test_a_stream_survives_its_decode_worker(valkey_url: str, grace_s: float) -> None:
+    """However long the worker gets to end in order: it finishes the stream or hands it over."""
+    slow = replace(ENGINE, sim_time_scale=1.0)
+    request = replace(REQUEST, max_tokens=150)
+    async with platform(valkey_url, (WorkerRole.PREFILL, WorkerRole.DECODE), slow) as pools:
+        undisturbed = await pools.collect(request)
+        stream = pools.gateway.prepare(request).events()
+        events = [await anext(stream) for _ in range(5)]
+        first = pools.workers[1]
+        settings = WorkerSettings(redis_url=valkey_url, role=WorkerRole.DECODE, engine=slow)
+        pools.workers[1] = WorkerProcess(settings)
+        await pools.workers[1].start()
+        ending = asyncio.create_task(first.stop(grace_s))
+        events += [event async for event in stream]
+        await ending
+        assert text_of(events) == text_of(undisturbed)
+        first_usage, usage = undisturbed[-1], events[-1]
+        assert isinstance(first_usage, Completion) and isinstance(usage, Completion)
+        assert usage.usage.completion_tokens == first_usage.usage.completion_tokens
+        assert usage.usage.prompt_tokens == first_usage.usage.prompt_tokens
+        await until(pools.all_blocks_back)
+
+
+async def test_without_another_worker_a_stream_waits_until_its_deadline(valkey_url: str) -> None:
     slow = replace(ENGINE, sim_time_scale=1.0)
     async with platform(valkey_url, engine=slow) as pools:
-        stream = pools.gateway.prepare(replace(REQUEST, max_tokens=2000)).events()
+        request = replace(REQUEST, max_tokens=2000, timeout_s=3.0)
+        stream = pools.gateway.prepare(request).events()
         for _ in range(3):
             await anext(stream)
         await pools.workers[1].stop(0)
-        with pytest.raises(Unavailable):
+        with pytest.raises((Unavailable, DeadlineExceeded)):
             async for _ in stream:
                 pass
         assert not pools.gateway.ready

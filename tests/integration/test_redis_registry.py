@@ -150,3 +150,15 @@ async def test_a_cancelled_call_is_cancelled(valkey_url: str) -> None:
 def test_a_url_that_is_none_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match="Redis URL"):
         RedisRegistry.connect("127.0.0.1:6379")
+
+
+async def test_poison_is_listed_until_it_runs_out(valkey_url: str) -> None:
+    async with empty_registry(valkey_url) as registry:
+        assert await registry.list_poison() == []
+        await registry.add_poison("b", 60)
+        await registry.add_poison("a", 60)
+        await registry.add_poison("short", 0.05)
+        assert "a" in await registry.list_poison()
+        await asyncio.sleep(0.1)
+        assert await registry.list_poison() == ["a", "b"]
+        assert await registry.list_workers() == []

@@ -57,8 +57,7 @@ async def test_a_worker_that_is_not_healthy_falls_silent(valkey_url: str, harm: 
             assert process._worker is not None
             process._worker._loop._num_failed = 3
         else:
-            (run,) = (task for task in process._tasks if task.get_name() == "worker")
-            run.cancel()
+            process._tasks["worker"].cancel()
         await until_gone(registry, process.address)
         with pytest.raises(InternalError):
             process.check_health()

@@ -1,5 +1,6 @@
 """Where requests wait for a place on a worker: first come, first served, bounded in number and
-time. Waiting here costs nothing but memory: nothing is reserved, and leaving is free."""
+time; streams that lost their worker come before requests that have not begun. Waiting here costs
+nothing but memory: nothing is reserved, and leaving is free."""
 
 from __future__ import annotations
 
@@ -25,34 +26,44 @@ class AdmissionQueue:
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._line: deque[asyncio.Event] = deque()
+        self._line: list[asyncio.Event] = []
+        self._num_urgent = 0
         self._placed_at: deque[float] = deque(maxlen=_RATE_WINDOW)
 
     def __len__(self) -> int:
         return len(self._line)
 
-    async def admit(self, attempt: Callable[[], Awaitable[T | None]], deadline: Deadline) -> T:
+    async def admit(
+        self,
+        attempt: Callable[[], Awaitable[T | None]],
+        deadline: Deadline,
+        *,
+        urgent: bool = False,
+    ) -> T:
         """The first result that is not None. Raises Overloaded when the line is full or
-        `deadline` passes; whatever `attempt` raises ends the wait as well."""
+        `deadline` passes; whatever `attempt` raises ends the wait as well. `urgent` ones stand
+        before all others, however long the line is."""
         if not self._line:
             result = await attempt()
             if result is not None:
                 return self._placed(result)
-        if len(self._line) >= self._max_waiting:
+        if not urgent and len(self._line) >= self._max_waiting:
             raise Overloaded("too many requests are waiting", retry_after_s=self.retry_after_s())
         turn = asyncio.Event()
-        self._line.append(turn)
+        self._line.insert(self._num_urgent if urgent else len(self._line), turn)
+        self._num_urgent += urgent
         self.notify()
         try:
             while not deadline.expired:
+                turn.clear()
                 if self._line[0] is turn:
-                    turn.clear()
                     result = await attempt()
                     if result is not None:
                         return self._placed(result)
                 await self._wait(turn, deadline)
         finally:
             self._line.remove(turn)
+            self._num_urgent -= urgent
             self.notify()
         raise Overloaded("no place came free in time", retry_after_s=self.retry_after_s())
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar, TypeVarTuple
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Executor(Protocol):
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs one function at a time, in the order of the calls. When the caller is cancelled
-        the call still returns only after a function that has begun has ended: memory that it
-        writes to is safe to give away once `run` is over."""
+        """Runs one function at a time, in the order of the calls: a call has its place in that
+        order before it first waits. When the caller is cancelled the call still returns only after
+        a function that has begun has ended: memory that it writes to is safe to give away once
+        `run` is over."""
+
+    def post(self, callback: Callable[[*Ts], None], *args: *Ts) -> None:
+        """For functions that `run` is running: has the event loop call `callback` soon, in the
+        order of the posts and before `run` returns to a caller that waits on another thread. Once
+        the loop is closed the callback is dropped: nobody is left to care."""
 
 
 class InlineExecutor:
@@ -21,3 +29,6 @@ class InlineExecutor:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return function(*args, **kwargs)
+
+    def post(self, callback: Callable[[*Ts], None], *args: *Ts) -> None:
+        asyncio.get_running_loop().call_soon(callback, *args)

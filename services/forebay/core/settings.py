@@ -68,14 +68,15 @@ class WorkerSettings:
     heartbeat_s: float = 1.0
     registry_ttl_s: float = 5.0
     """A worker that is silent this long is gone for the routers."""
-    lease_s: float = 600.0
-    """How long a decode worker holds blocks for KV that has not been committed: the time its prompt
-    waits and is computed, too. The request's own deadline bounds it further."""
+    lease_s: float = 10.0
+    """How long a worker keeps what it holds for a request, in whatever phase, unless the gateway
+    renews it, which it does once a second. The request's own deadline bounds it further."""
     gateway_grace_s: float = 5.0
     """How long a gateway's sequences outlive its step stream."""
     kv_frame_kib: int = 1024
     """Upper bound of a KV frame's payload (at least one token of one layer goes into a frame)."""
     drain_s: float = 30.0
+    """How long a worker that has to go lets its requests finish before it hands them over."""
     step_timeout_s: float = 120.0
     """A step that takes longer makes the worker unhealthy."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -96,6 +97,12 @@ class GatewaySettings:
     keep_alive_s: float = 15.0
     """A silent SSE stream carries a comment this often."""
     registry_poll_s: float = 0.5
+    worker_silence_s: float = 4.0
+    """A worker that says nothing for this long is lost: its streams go on elsewhere."""
+    max_migrations: int = 16
+    """How often one request may move to other workers before it fails; 0: never."""
+    poison_s: float = 600.0
+    """How long a request that ended two workers is refused."""
     drain_s: float = 30.0
     cache_salt: str = ""
     """Secret that keys the block hashes; empty draws one at start."""
@@ -124,6 +131,21 @@ _AT_LEAST_ONE = frozenset(
 )
 
 
+_MORE_THAN_ZERO = frozenset(
+    {
+        "heartbeat_s",
+        "registry_ttl_s",
+        "lease_s",
+        "step_timeout_s",
+        "keep_alive_s",
+        "registry_poll_s",
+        "worker_silence_s",
+    }
+)
+_MOST = {"kv_frame_kib": 32 * 1024}
+"""A frame has to fit into a message."""
+
+
 def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
     """Defaults overridden by the environment. Raises ConfigurationError naming the variable."""
     env = os.environ if environ is None else environ
@@ -137,8 +159,7 @@ def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
         variable = prefix + f.name.upper()
         if variable in env:
             values[f.name] = _parse(variable, env[variable], hints[f.name])
-            if f.name in _AT_LEAST_ONE and values[f.name] is not None and values[f.name] < 1:
-                raise ConfigurationError(f"{variable}: must be at least 1")
+            _check_range(variable, f.name, values[f.name])
         elif f.name == "redis_url" and REDIS_URL_VARIABLE in env:
             values[f.name] = env[REDIS_URL_VARIABLE]
     nested: set[str] = {"engine"} if group is WorkerSettings else set()
@@ -147,6 +168,17 @@ def load(group: type[Group], environ: Mapping[str, str] | None = None) -> Group:
         if variable.startswith(prefix) and variable not in known:
             raise ConfigurationError(f"{variable}: no such setting")
     return group(**values)
+
+
+def _check_range(variable: str, name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name in _AT_LEAST_ONE and value < 1:
+        raise ConfigurationError(f"{variable}: must be at least 1")
+    if name in _MORE_THAN_ZERO and value <= 0:
+        raise ConfigurationError(f"{variable}: must be more than 0")
+    if name in _MOST and value > _MOST[name]:
+        raise ConfigurationError(f"{variable}: must be at most {_MOST[name]}")
 
 
 def _parse(variable: str, text: str, hint: Any) -> Any:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import Batch, Runner, SampledToken, StepResult
 from forebay.engine.scheduler import Scheduler
-from forebay.engine.sequence import RequestKey, Sequence, Status, TokenOutput, finish_reason
-from forebay.kv.block_hash import HashChain
+from forebay.engine.sequence import (
+    RequestKey,
+    Sequence,
+    SequenceStart,
+    Status,
+    TokenOutput,
+    finish_reason,
+)
 from forebay.kv.block_pool import BlockPool, Holder
 
 
@@ -34,7 +39,8 @@ class StepOutcome:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Totals since the start, in tokens."""
+    """Totals since the start, in tokens. What a resumed answer had generated elsewhere is computed
+    like a prompt and counts as one."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -84,54 +90,31 @@ class Engine:
     def sequences(self, key: RequestKey) -> list[Sequence]:
         return self._by_key.get(key, [])
 
-    def submit(
-        self,
-        key: RequestKey,
-        attempt: int,
-        prompt: list[int],
-        params: SamplingParams,
-        root: bytes,
-        *,
-        prefill_only: bool,
-    ) -> None:
-        """Queues a prompt. `root`: root of its chain of block hashes."""
-        sequence = Sequence(
-            key=key,
-            attempt=attempt,
-            tokens=list(prompt),
-            num_prompt_tokens=len(prompt),
-            params=params,
-            chain=HashChain(root, self.pool.block_size),
-            choices=tuple(range(params.n)),
-            prefill_only=prefill_only,
-        )
+    @property
+    def in_step(self) -> list[Sequence]:
+        """Between `begin_step` and its end: the sequences behind the batch's, in their order."""
+        return self._in_step
+
+    def submit(self, start: SequenceStart, *, prefill_only: bool) -> Sequence:
+        """Queues tokens to be computed. `prefill_only`: their KV goes to another worker."""
+        sequence = Sequence.begin(start, self.pool.block_size)
+        sequence.prefill_only = prefill_only
         self._enter(sequence)
+        return sequence
 
     def adopt(
         self,
-        key: RequestKey,
-        attempt: int,
-        prompt: list[int],
-        params: SamplingParams,
-        root: bytes,
+        start: SequenceStart,
         block_table: list[int],
         first_tokens: list[tuple[int, int]],
     ) -> None:
-        """Goes on with a prompt whose KV lies in `block_table` already, held once as a sequence's.
+        """Goes on with tokens whose KV lies in `block_table` already, held once as a sequence's.
         Each (choice, token id) of `first_tokens` becomes a running sequence."""
         assert first_tokens
-        sequence = Sequence(
-            key=key,
-            attempt=attempt,
-            tokens=list(prompt),
-            num_prompt_tokens=len(prompt),
-            params=params,
-            chain=HashChain(root, self.pool.block_size),
-            choices=(),
-            block_table=block_table,
-            num_computed_tokens=len(prompt),
-            status=Status.RUNNING,
-        )
+        sequence = Sequence.begin(start, self.pool.block_size)
+        sequence.block_table = block_table
+        sequence.num_computed_tokens = len(start.tokens)
+        sequence.status = Status.RUNNING
         self._register_full_blocks(sequence, 0)
         self._enter(sequence)
         self._branch(sequence, first_tokens)
@@ -239,6 +222,7 @@ class Engine:
     ) -> None:
         going_on: list[tuple[int, int]] = []
         offset = sequence.num_generated_tokens
+        first = not sequence.has_sampled
         for choice, token in zip(sequence.choices, tokens, strict=True):
             finish = finish_reason(
                 sequence.params,
@@ -255,15 +239,15 @@ class Engine:
                     offset,
                     token,
                     finish,
-                    sequence.num_cached_tokens,
+                    sequence.num_cached_tokens if first else None,
                 )
             )
             if finish is None:
                 going_on.append((choice, token.token_id))
         self.counters.generation_tokens += len(tokens)
-        if offset == 0:
-            self.counters.prompt_tokens += sequence.num_prompt_tokens
-            self.count_cache_lookup(sequence.num_prompt_tokens, sequence.num_cached_tokens)
+        if first:
+            self.counters.prompt_tokens += sequence.num_start_tokens
+            self.count_cache_lookup(sequence.num_start_tokens, sequence.num_cached_tokens)
         if not going_on:
             self._finish(sequence)
         elif sequence.prefill_only:

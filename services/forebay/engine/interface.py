@@ -6,6 +6,7 @@ The engine (scheduler, block pool, sequences) is one for all models; only the ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,8 +69,14 @@ class StepResult:
     modelled_s: float = 0.0
 
 
+LayerHook = Callable[[int], None]
+"""Called on the runner's own thread after a layer's KV of the batch has been written, with the
+layer's index: 0, 1, 2, ... Until it returns the step waits. It may call `export_kv`, and must not
+raise."""
+
+
 class Runner(Protocol):
-    """A model and its KV memory. One thread at a time calls it; it never calls back.
+    """A model and its KV memory. One thread at a time calls it; it calls back only a LayerHook.
 
     KV payloads are [layers][key, value][tokens][heads][head_dim] in the layout's dtype, little
     endian: `num_layers * num_tokens * bytes_per_token_layer` bytes.
@@ -88,8 +95,9 @@ class Runner(Protocol):
     def tokenizer_spec(self) -> bytes:
         """`forebay.text.spec.TokenizerSpec` as bytes."""
 
-    def run(self, batch: Batch) -> StepResult:
-        """Computes one step: writes the KV of every scheduled token, samples where asked."""
+    def run(self, batch: Batch, on_layer: LayerHook | None = None) -> StepResult:
+        """Computes one step: writes the KV of every scheduled token, samples where asked. A batch
+        without sequences computes no layer."""
 
     def export_kv(
         self,

@@ -100,7 +100,7 @@ class Scheduler:
             return False
         sequence.block_table = cached + pool.allocate(needed, Holder.SEQUENCE)
         sequence.num_computed_tokens = len(cached) * pool.block_size
-        if sequence.num_generated_tokens == 0:
+        if not sequence.has_sampled:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING

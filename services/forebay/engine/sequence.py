@@ -27,11 +27,30 @@ class RequestKey:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """What a worker is asked to compute and to go on with.
+
+    tokens: the prompt and, where an answer is resumed, what its one choice has generated before:
+    computed, sent, held and cached alike. choices: those wanted, ascending. cache_root: root of
+    the chain of block hashes.
+    """
+
+    key: RequestKey
+    attempt: int
+    tokens: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams
+    choices: tuple[int, ...]
+    cache_root: bytes
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """tokens: prompt, then generated. num_computed_tokens: leading tokens whose KV lies in
-    block_table. choices: choices sampled when the end of `tokens` is reached; a prompt with n
-    choices is one sequence until its first tokens, then n.
+    """tokens: prompt, then generated. num_start_tokens: how many of them were given and not sampled
+    here. num_computed_tokens: leading tokens whose KV lies in block_table. choices: choices sampled
+    when the end of `tokens` is reached; a prompt with n choices is one sequence until its first
+    tokens, then n.
 
     arrival: orders the queue; the engine gives it. prefill_only: the KV goes to another worker.
     aborted: ended while a step computes it; its blocks are released after the step.
@@ -41,6 +60,7 @@ class Sequence:
     attempt: int
     tokens: list[int]
     num_prompt_tokens: int
+    num_start_tokens: int
     params: SamplingParams
     chain: HashChain
     choices: tuple[int, ...]
@@ -52,6 +72,25 @@ class Sequence:
     arrival: int = -1
     aborted: bool = False
 
+    @classmethod
+    def begin(cls, start: SequenceStart, block_size: int) -> Sequence:
+        """A waiting sequence that stands for all of its choices."""
+        return cls(
+            key=start.key,
+            attempt=start.attempt,
+            tokens=list(start.tokens),
+            num_prompt_tokens=start.num_prompt_tokens,
+            num_start_tokens=len(start.tokens),
+            params=start.params,
+            chain=HashChain(start.cache_root, block_size),
+            choices=start.choices,
+        )
+
+    @property
+    def has_sampled(self) -> bool:
+        """Whether a token has been sampled here."""
+        return len(self.tokens) > self.num_start_tokens
+
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
@@ -61,13 +100,14 @@ class Sequence:
         return len(self.tokens) - self.num_prompt_tokens
 
     def fork(self, choice: int) -> Sequence:
-        """A sequence of the same prompt for `choice`, over the same blocks (the caller holds them
+        """A sequence of the same tokens for `choice`, over the same blocks (the caller holds them
         once more)."""
         return Sequence(
             key=self.key,
             attempt=self.attempt,
-            tokens=self.tokens[: self.num_prompt_tokens],
+            tokens=list(self.tokens),
             num_prompt_tokens=self.num_prompt_tokens,
+            num_start_tokens=self.num_start_tokens,
             params=self.params,
             chain=self.chain.copy(),
             choices=(choice,),
@@ -80,7 +120,9 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One sampled token. offset: its index among the choice's generated tokens."""
+    """One sampled token. offset: its index among the choice's generated tokens. num_cached_tokens:
+    of the tokens given, how many were in the prefix cache; None but with a choice's first token
+    here."""
 
     key: RequestKey
     attempt: int
@@ -88,7 +130,7 @@ class TokenOutput:
     offset: int
     token: SampledToken
     finish: FinishReason | None
-    num_cached_tokens: int
+    num_cached_tokens: int | None
 
 
 def finish_reason(

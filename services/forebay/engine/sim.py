@@ -15,7 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay.core.errors import KvTransferError
-from forebay.engine.interface import Batch, SampledToken, ScheduledSequence, StepResult
+from forebay.engine.interface import (
+    Batch,
+    LayerHook,
+    SampledToken,
+    ScheduledSequence,
+    StepResult,
+)
 from forebay.engine.profile import StepProfile
 from forebay.rpc.v1 import worker_pb2
 from forebay.text.sim import sim_tokenizer_spec
@@ -92,11 +98,14 @@ class SimRunner:
     def tokenizer_spec(self) -> bytes:
         return self._tokenizer_spec
 
-    def run(self, batch: Batch) -> StepResult:
+    def run(self, batch: Batch, on_layer: LayerHook | None = None) -> StepResult:
         for source, target in batch.block_copies:
             self._memory[:, target] = self._memory[:, source]
         for item in batch.sequences:
             self._write(item)
+        if on_layer is not None and batch.sequences:
+            for layer in range(NUM_LAYERS):
+                on_layer(layer)
         tokens = tuple(self._sample(item) if item.choices else () for item in batch.sequences)
         return StepResult(tokens, self._profile.step(batch) * self._time_scale)
 

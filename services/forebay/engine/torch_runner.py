@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forebay.core.errors import ConfigurationError, KvTransferError, ModelFileError
 from forebay.engine.inputs import build_inputs, slot_range
-from forebay.engine.interface import Batch, SampledToken, StepResult
+from forebay.engine.interface import Batch, LayerHook, SampledToken, StepResult
 from forebay.engine.models.llama import LlamaModel, load_llama
 from forebay.engine.sampler import sample
 from forebay.engine.weights.checkpoint import open_checkpoint
@@ -94,7 +94,7 @@ class TorchRunner:
     def tokenizer_spec(self) -> bytes:
         return self._tokenizer_spec
 
-    def run(self, batch: Batch) -> StepResult:
+    def run(self, batch: Batch, on_layer: LayerHook | None = None) -> StepResult:
         """Raises InternalError when the logits of a sequence are not finite."""
         with torch.inference_mode():
             if batch.block_copies:
@@ -104,7 +104,7 @@ class TorchRunner:
             inputs = build_inputs(
                 batch, self._block_size, self._network.dtype, self._network.device
             )
-            hidden = self._network.forward(inputs, self._layer_caches)
+            hidden = self._network.forward(inputs, self._layer_caches, on_layer)
             tokens: list[tuple[SampledToken, ...]] = [()] * len(batch.sequences)
             if inputs.sampled:
                 sampled = sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from forebay.core.finish import FinishReason
 from forebay.engine.engine import Engine
 from forebay.engine.interface import SampledToken
-from forebay.engine.sequence import TokenOutput
+from forebay.engine.sequence import SequenceStart, TokenOutput
 from forebay.rpc.conversions import finish_to_proto
 from forebay.rpc.v1 import inference_pb2, worker_pb2
 
@@ -20,7 +20,7 @@ def output_to_proto(output: TokenOutput) -> worker_pb2.SequenceOutput:
         token_ids=(token.token_id,),
         finish_reason=finish_to_proto(output.finish),
     )
-    if output.offset == 0:
+    if output.num_cached_tokens is not None:
         message.num_cached_tokens = output.num_cached_tokens
     if token.logprob is not None:
         message.logprobs.append(
@@ -34,14 +34,16 @@ def output_to_proto(output: TokenOutput) -> worker_pb2.SequenceOutput:
 
 
 def error_to_proto(
-    request_id: str, attempt: int, choice: int, message: str
+    start: SequenceStart, choice: int, message: str, *, resumable: bool
 ) -> worker_pb2.SequenceOutput:
+    """`resumable`: the choice may go on elsewhere from the tokens sent so far."""
     return worker_pb2.SequenceOutput(
-        request_id=request_id,
-        attempt=attempt,
+        request_id=start.key.request_id,
+        attempt=start.attempt,
         choice=choice,
         finish_reason=finish_to_proto(FinishReason.ERROR),
         error=message,
+        resumable=resumable,
     )
 
 

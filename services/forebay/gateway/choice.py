@@ -18,7 +18,7 @@ class ChoiceText:
     different workers, and twice; `accept` takes each token once, by its offset."""
 
     def __init__(self, choice: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self.finish: FinishReason | None = None
         self.stopped_here = False
         self._choice = choice
@@ -30,11 +30,16 @@ class ChoiceText:
     def accept(self, output: worker_pb2.SequenceOutput) -> list[Event]:
         """The events that `output`, and earlier ones that waited for it, give."""
         events: list[Event] = []
-        if output.offset >= self.num_tokens:
+        if output.offset >= len(self.token_ids):
             self._early[output.offset] = output
-        while self.finish is None and self.num_tokens in self._early:
-            self._take(self._early.pop(self.num_tokens), events)
+        while self.finish is None and len(self.token_ids) in self._early:
+            self._take(self._early.pop(len(self.token_ids)), events)
         return events
+
+    def resume(self) -> None:
+        """Another leg goes on after `token_ids`: what came too early from the one before is
+        computed again."""
+        self._early.clear()
 
     def _take(self, output: worker_pb2.SequenceOutput, events: list[Event]) -> None:
         reason = finish_from_proto(output.finish_reason)
@@ -49,7 +54,7 @@ class ChoiceText:
             text.append(emitted)
             if matched is not None:
                 break
-        self.num_tokens += len(taken)
+        self.token_ids += [token.token_id for token in taken]
         if matched is None and reason is not None:
             emitted, matched = self._watcher.push(self._detokenizer.finish())
             text.append(emitted)

@@ -146,7 +146,8 @@ class Fleet:
     async def _join(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
         _check_usable(worker)
         channel = self._connector.connect(worker.endpoints[0].address)
-        link = WorkerLink(worker, channel, self._gateway_id, self._on_change)
+        silence_s = self._settings.worker_silence_s
+        link = WorkerLink(worker, channel, self._gateway_id, silence_s, self._on_change)
         try:
             await link.check_identity()
             await link.open(Deadline.after(OPEN_S))
@@ -190,7 +191,7 @@ def _view_of(link: WorkerLink) -> WorkerView:
         model_id=model.id,
         model_key="/".join(identity),
         kv_key=f"{worker.protocol_version}/{worker.kv_layout.SerializeToString().hex()}",
-        accepting=not (link.lost or worker.draining or is_silent),
+        accepting=not (link.lost or link.draining or worker.draining or is_silent),
         num_sequences=load.num_running + load.num_waiting + link.num_sent_sequences,
         num_pending_prefill_tokens=load.num_pending_prefill_tokens + link.num_sent_tokens,
         prefill_room_tokens=load.prefill_room_tokens - link.num_sent_tokens,

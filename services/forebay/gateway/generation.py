@@ -100,7 +100,14 @@ class Placed:
     """The request has its workers and has left the queue; not for clients."""
 
 
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """Choices of the request go on elsewhere; not for clients."""
+
+
 Event = Chunk | ChoiceEnd | Completion
+Progress = Placed | Migrated
+"""What the gateway's metrics want to know besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +134,7 @@ class Generation(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
-    def events(self) -> AsyncGenerator[Placed | Event, None]:
+    def events(self) -> AsyncGenerator[Progress | Event, None]:
         """Begins with Placed; ends after Completion, or by raising a ForebayError. Closing the
         iterator early (or cancelling the task that reads it) aborts the request on every worker."""
 

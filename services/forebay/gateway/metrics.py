@@ -64,6 +64,11 @@ class GatewayMetrics:
         self.generation_tokens = self._counter(
             "forebay_generation_tokens_total", "Tokens generated, of requests that failed as well"
         )
+        self.migrations = self._counter(
+            "forebay_request_migrations_total",
+            "Times that a request went on elsewhere: its worker was lost, hung or drained, or its"
+            " KV did not arrive",
+        )
         self.success = self._counter(
             "forebay_request_success_total",
             "Requests that completed; the reason is the first choice's",
@@ -116,6 +121,9 @@ class RequestRecord:
             self._waiting = None
             self._running.inc()
             self._metrics.queue_time.labels(self._model).observe(at - self._arrived_at)
+
+    def migrated(self) -> None:
+        self._metrics.migrations.labels(self._model).inc()
 
     def tokens(self, choice: int, num_tokens: int, at: float) -> None:
         last_at = self._last_at.get(choice)

@@ -15,6 +15,7 @@ from forebay.gateway.generation import (
     Completion,
     Event,
     Generation,
+    Migrated,
     Placed,
     Usage,
 )
@@ -46,6 +47,9 @@ async def observed_events(
             async for event in events:
                 if isinstance(event, Placed):
                     record.placed(now())
+                    continue
+                if isinstance(event, Migrated):
+                    record.migrated()
                     continue
                 check.next(event)
                 if isinstance(event, Completion):

@@ -1,11 +1,12 @@
-"""Finds a request its workers: route, reserve, prefill, in one attempt that leaves nothing behind
-when it fails."""
+"""Finds a leg its workers: route, reserve, prefill, in one attempt that leaves nothing behind when
+it fails."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from forebay.admission.queue import AdmissionQueue
 from forebay.core.clock import Deadline
@@ -15,6 +16,9 @@ from forebay.gateway.worker_link import Inbox, WorkerLink
 from forebay.router.policy import can_serve, choose
 from forebay.router.view import Decision, RouteRequest
 from forebay.rpc.v1 import worker_pb2
+
+_LOSS_SHOWS_S = 0.5
+"""A worker's death breaks its calls and its link at nearly the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,21 @@ class Placement:
         return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
 
 
+class Placeable(Inbox, Protocol):
+    """What is to be placed; it gets the workers' outputs. `num_tokens`: to compute first."""
+
+    model_id: str
+    spec: worker_pb2.SequenceSpec
+    choices: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def computes_on(self, link: WorkerLink) -> None: ...
+
+
 class _Refused(Exception):
-    """A worker did not take the request, for want of room or life."""
+    """A worker did not take the leg, for want of room or life."""
 
     def __init__(self, worker_id: str) -> None:
         super().__init__(worker_id)
@@ -52,67 +69,64 @@ class Placer:
 
     async def place(
         self,
-        spec: worker_pb2.SequenceSpec,
-        model_id: str,
-        inbox: Inbox,
+        leg: Placeable,
         deadline: Deadline,
         queue_deadline: Deadline,
+        *,
+        avoid: frozenset[str] = frozenset(),
+        urgent: bool = False,
     ) -> Placement:
-        """Waits in line for a place; every try raises `spec.attempt`. The request runs when this
-        returns, and its outputs go to `inbox`.
+        """Waits in line for a place, `urgent` ones in front; every try raises `leg.spec.attempt`.
+        The leg runs when this returns. `avoid`: workers to choose only when there is no other.
         Raises Overloaded when there was no place in time, Unavailable when there was no worker."""
 
         async def attempt() -> Placement | None:
-            return await self._attempt(spec, model_id, inbox, deadline)
+            return await self._attempt(leg, avoid, deadline)
 
         try:
-            return await self._queue.admit(attempt, queue_deadline)
+            return await self._queue.admit(attempt, queue_deadline, urgent=urgent)
         except Overloaded as error:
-            if not can_serve(model_id, self._fleet.view()):
+            if not can_serve(leg.model_id, self._fleet.view()):
                 raise Unavailable("no worker is there for this model") from error
             raise
 
     async def _attempt(
-        self, spec: worker_pb2.SequenceSpec, model_id: str, inbox: Inbox, deadline: Deadline
+        self, leg: Placeable, avoid: frozenset[str], deadline: Deadline
     ) -> Placement | None:
-        """Tries workers until one takes the request; None when all have refused."""
+        """Tries workers until one takes the leg; None when all have refused."""
         refused: frozenset[str] = frozenset()
-        num_tokens = len(spec.prompt_token_ids)
         while True:
-            route = RouteRequest(spec.request_id, model_id, num_tokens, refused)
-            decision = choose(route, self._fleet.view())
+            decision = self._choose(leg, refused | avoid) or self._choose(leg, refused)
             if decision is None:
                 return None
             deadline.check("it waited for a worker")
-            spec.attempt += 1
-            spec.timeout_ms = deadline.remaining_ms()
+            leg.spec.attempt += 1
+            leg.spec.timeout_ms = deadline.remaining_ms()
             try:
-                return await self._settle(decision, spec, inbox, deadline)
+                return await self._settle(decision, leg, deadline)
             except _Refused as refusal:
                 refused |= {refusal.worker_id}
 
-    async def _settle(
-        self,
-        decision: Decision,
-        spec: worker_pb2.SequenceSpec,
-        inbox: Inbox,
-        deadline: Deadline,
-    ) -> Placement:
+    def _choose(self, leg: Placeable, excluded: frozenset[str]) -> Decision | None:
+        route = RouteRequest(leg.spec.request_id, leg.model_id, leg.num_tokens, excluded)
+        return choose(route, self._fleet.view())
+
+    async def _settle(self, decision: Decision, leg: Placeable, deadline: Deadline) -> Placement:
         """Raises _Refused, and then holds nothing anywhere."""
-        num_tokens = len(spec.prompt_token_ids)
         decode = self._link(decision.decode)
+        num_choices = len(leg.choices)
         if decision.prefill is None:
-            decode.expect(spec.sampling.n, num_tokens)
-            await self._start(decode, spec, None, inbox, deadline)
+            decode.expect(num_choices, leg.num_tokens)
+            await self._start(decode, leg, None, deadline)
             return Placement(decode, None)
         prefill = self._link(decision.prefill)
-        prefill.expect(spec.sampling.n, num_tokens)
-        decode.expect(spec.sampling.n, 0)
-        target = await self._reserve(decode, spec, inbox, deadline)
+        prefill.expect(num_choices, leg.num_tokens)
+        decode.expect(num_choices, 0)
+        target = await self._reserve(decode, leg, deadline)
         try:
-            await self._start(prefill, spec, target, inbox, deadline)
+            await self._start(prefill, leg, target, deadline)
         except BaseException:
-            self._discard(decode, spec)
+            self._discard(decode, leg.spec)
             raise
         return Placement(decode, prefill)
 
@@ -123,14 +137,10 @@ class Placer:
             raise _Refused(worker_id) from error
 
     async def _reserve(
-        self,
-        decode: WorkerLink,
-        spec: worker_pb2.SequenceSpec,
-        inbox: Inbox,
-        deadline: Deadline,
+        self, decode: WorkerLink, leg: Placeable, deadline: Deadline
     ) -> worker_pb2.TransferTarget:
-        async with self._subscribed(decode, spec, inbox):
-            lease = await decode.reserve(spec, deadline)
+        async with self._subscribed(decode, leg):
+            lease = await decode.reserve(leg.spec, deadline)
         return worker_pb2.TransferTarget(
             address=decode.address,
             lease_id=lease.lease_id,
@@ -141,29 +151,33 @@ class Placer:
     async def _start(
         self,
         link: WorkerLink,
-        spec: worker_pb2.SequenceSpec,
+        leg: Placeable,
         target: worker_pb2.TransferTarget | None,
-        inbox: Inbox,
         deadline: Deadline,
     ) -> None:
-        async with self._subscribed(link, spec, inbox):
-            await link.prefill(spec, target, deadline)
+        """A worker that dies before its answer may have died of this prompt: that counts as a
+        start, so that the leg learns of the loss as of any other."""
+        async with self._subscribed(link, leg):
+            leg.computes_on(link)
+            try:
+                await link.prefill(leg.spec, target, deadline)
+            except Unavailable:
+                if not await link.lost_within(_LOSS_SHOWS_S):
+                    raise
 
     @asynccontextmanager
-    async def _subscribed(
-        self, link: WorkerLink, spec: worker_pb2.SequenceSpec, inbox: Inbox
-    ) -> AsyncIterator[None]:
+    async def _subscribed(self, link: WorkerLink, leg: Placeable) -> AsyncIterator[None]:
         """The subscription outlives success only. After a refusal nothing is held there; after
         any other failure something may be."""
         try:
-            link.subscribe(spec.request_id, inbox)
+            link.subscribe(leg.spec.request_id, leg)
             yield
         except Overloaded as error:
-            link.unsubscribe(spec.request_id)
+            link.unsubscribe(leg.spec.request_id)
             raise _Refused(link.worker_id) from error
         except Unavailable as error:
-            self._discard(link, spec)
+            self._discard(link, leg.spec)
             raise _Refused(link.worker_id) from error
         except BaseException:
-            self._discard(link, spec)
+            self._discard(link, leg.spec)
             raise

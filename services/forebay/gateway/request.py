@@ -1,49 +1,44 @@
-"""One request from its placement to its last token: the state machine behind both edges."""
+"""One request from its placement to its last token: the state machine behind both edges.
+
+It runs in legs. The first has all choices; when a leg's worker is lost, hangs or hands its streams
+back, each choice goes on in a new leg from the prompt and its tokens so far. Everything that makes
+up the answer (seed and position, detokenizer, stop strings, usage) is here or a function of the
+tokens, so the client sees a pause and nothing else.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+import logging
+from collections.abc import AsyncGenerator, Iterator
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import DeadlineExceeded, Unavailable, WorkerLost
+from forebay.core.errors import ForebayError, InternalError, Unavailable, WorkerLost
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.gateway.choice import ChoiceText
+from forebay.gateway.dispatch import Dispatcher
 from forebay.gateway.fleet import ServedModel
-from forebay.gateway.generation import Completion, Event, Placed, Usage
-from forebay.gateway.placement import Placement, Placer
-from forebay.gateway.worker_link import WorkerLink
+from forebay.gateway.generation import Completion, Event, Migrated, Placed, Progress, Usage
+from forebay.gateway.leg import Broken, Delivered, Leg, Signals, Stranded
+from forebay.gateway.poison import poisoned
+from forebay.gateway.worker_link import Blame, WorkerLink
 from forebay.rpc.conversions import finish_from_proto
 from forebay.rpc.v1 import worker_pb2
 
+log = logging.getLogger(__name__)
 
-class RequestInbox:
-    """What the workers of one request send, in the order of arrival. Implements `Inbox`."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[tuple[WorkerLink, worker_pb2.SequenceOutput | None]] = (
-            asyncio.Queue()
-        )
-
-    def deliver(self, link: WorkerLink, output: worker_pb2.SequenceOutput) -> None:
-        self._queue.put_nowait((link, output))
-
-    def lose(self, link: WorkerLink) -> None:
-        self._queue.put_nowait((link, None))
-
-    async def next(self, deadline: Deadline) -> tuple[WorkerLink, worker_pb2.SequenceOutput | None]:
-        """None for a link that is lost. Raises DeadlineExceeded."""
-        try:
-            async with asyncio.timeout(deadline.remaining_s()):
-                return await self._queue.get()
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed while it was decoded") from None
+MAX_DEATHS = 2
+"""Workers that may die of one request before it is blocked."""
+DEATH_SLACK_TOKENS = 8
+"""A request that got further than this between two deaths did not cause both; a few of a dead
+worker's last tokens may never have arrived."""
+_FIRST_DELAY_S = 0.1
+_MAX_DELAY_S = 5.0
 
 
 class GatewayRequest:
-    """Implements `Generation`. `abort(link, spec, choices)` ends choices (none named: all) on a
-    worker in the background."""
+    """Implements `Generation`. `spec`: what every leg's own spec begins as."""
 
     def __init__(
         self,
@@ -52,21 +47,30 @@ class GatewayRequest:
         params: SamplingParams,
         served: ServedModel,
         client_request_id: str,
+        fingerprint: str,
         deadline: Deadline,
         queue_timeout_s: float,
-        placer: Placer,
-        abort: Callable[[WorkerLink, worker_pb2.SequenceSpec, tuple[int, ...]], None],
+        dispatcher: Dispatcher,
     ) -> None:
         self._spec = spec
         self._served = served
         self._client_request_id = client_request_id
+        self._fingerprint = fingerprint
         self._deadline = deadline
         self._queue_timeout_s = queue_timeout_s
-        self._placer = placer
-        self._abort = abort
+        self._dispatcher = dispatcher
         self._choices = [ChoiceText(i, served.tokenizer, params) for i in range(params.n)]
+        self._num_migrations = [0] * params.n
+        self._signals = Signals()
+        self._legs: list[Leg] = []
+        self._num_legs = 0
+        self._placing: dict[asyncio.Task[None], None] = {}
         self._num_cached_tokens = 0
-        self._decode_began = False
+        self._num_fruitless = 0
+        self._tokens_at_migration = 0
+        self._num_deaths = 0
+        self._tokens_at_death = 0
+        self._died: WorkerLink | None = None
 
     @property
     def request_id(self) -> str:
@@ -82,68 +86,167 @@ class GatewayRequest:
     def token_bytes(self, token_id: int) -> bytes:
         return self._served.tokenizer.token_bytes(token_id)
 
-    async def events(self) -> AsyncGenerator[Placed | Event, None]:
-        inbox = RequestInbox()
-        placement = await self._placer.place(
-            self._spec,
-            self._served.info.id,
-            inbox,
-            self._deadline,
-            self._deadline.within(self._queue_timeout_s),
-        )
+    async def events(self) -> AsyncGenerator[Progress | Event, None]:
+        leg = self._new_leg(tuple(range(len(self._choices))))
         try:
+            queue_deadline = self._deadline.within(self._queue_timeout_s)
+            await leg.place(self._dispatcher.placer, self._deadline, queue_deadline)
             yield Placed()
             while any(choice.finish is None for choice in self._choices):
-                link, output = await inbox.next(self._deadline)
-                for event in self._take(placement, link, output):
+                signal = await self._signals.next(self._deadline)
+                if signal.leg not in self._legs:
+                    continue
+                if isinstance(signal, Stranded):
+                    raise signal.error
+                if isinstance(signal, Broken):
+                    self._lose(signal)
+                    yield Migrated()
+                    continue
+                for event in self._take(signal):
                     yield event
             yield Completion(self._usage())
         finally:
-            self._leave(placement)
+            for task in self._placing:
+                task.cancel()
+            for leg in list(self._legs):
+                self._leave(leg)
 
-    def _take(
-        self,
-        placement: Placement,
-        link: WorkerLink,
-        output: worker_pb2.SequenceOutput | None,
-    ) -> Iterator[Event]:
-        """Raises WorkerLost or Unavailable when the request cannot go on."""
-        if output is None:
-            if (
-                link is placement.decode
-                or not self._decode_began
-                or any(choice.num_tokens == 0 for choice in self._choices)
-            ):
-                raise WorkerLost("a worker was lost with the request on it")
-            return
-        if output.attempt != self._spec.attempt or output.choice >= len(self._choices):
-            return
+    def _new_leg(self, choices: tuple[int, ...]) -> Leg:
+        """`choices`: all that have no tokens yet, or a single one."""
+        spec = worker_pb2.SequenceSpec()
+        spec.CopyFrom(self._spec)
+        if self._num_legs:
+            spec.request_id = f"{self._spec.request_id}.{self._num_legs}"
+        if len(choices) < len(self._choices):
+            spec.choices.extend(choices)
+        spec.generated_token_ids.extend(self._choices[choices[0]].token_ids)
+        if spec.generated_token_ids and not spec.choices:
+            spec.choices.extend(choices)
+        leg = Leg(self._spec.request_id, self._served.info.id, spec, choices, self._signals)
+        self._num_legs += 1
+        self._legs.append(leg)
+        return leg
+
+    def _take(self, delivered: Delivered) -> Iterator[Progress | Event]:
+        """Raises Unavailable when the request cannot go on."""
+        leg, output = delivered.leg, delivered.output
         if finish_from_proto(output.finish_reason) is FinishReason.ERROR:
-            raise Unavailable(output.error)
+            error = Unavailable(output.error)
+            if not output.resumable:
+                raise error
+            self._migrate(leg, error, avoid=leg.links, on_probation=self._num_fruitless > 0)
+            yield Migrated()
+            return
         if output.offset == 0:
             self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
-        if link is placement.decode:
-            self._decode_began = True
         choice = self._choices[output.choice]
         yield from choice.accept(output)
-        if choice.stopped_here and any(other.finish is None for other in self._choices):
-            choice.stopped_here = False
-            for worker in placement.links:
-                self._abort(worker, self._spec, (output.choice,))
-
-    def _leave(self, placement: Placement) -> None:
-        """Ends the request wherever it may still hold something."""
-        finished = all(c.finish is not None and not c.stopped_here for c in self._choices)
-        for link in placement.links:
-            link.unsubscribe(self._spec.request_id)
-        if finished and (placement.prefill is None or self._decode_began):
+        if choice.finish is None:
             return
-        for link in placement.links:
-            self._abort(link, self._spec, ())
+        if not self._unfinished(leg):
+            self._leave(leg)
+        elif choice.stopped_here:
+            choice.stopped_here = False
+            for link in leg.links:
+                self._dispatcher.abort(link, leg.spec, (output.choice,))
+
+    def _unfinished(self, leg: Leg) -> list[int]:
+        return [i for i in leg.choices if self._choices[i].finish is None]
+
+    def _lose(self, broken: Broken) -> None:
+        """Raises InvalidRequest for a request that workers die of."""
+        if broken.blame is Blame.SOLE:
+            self._note_death(broken.link)
+        error = WorkerLost("a worker was lost with the request on it")
+        on_probation = broken.blame is not Blame.NONE
+        self._migrate(broken.leg, error, avoid=(broken.link,), on_probation=on_probation)
+
+    def _note_death(self, link: WorkerLink) -> None:
+        if link is self._died:
+            return
+        num_tokens = self._num_generated
+        if num_tokens - self._tokens_at_death > DEATH_SLACK_TOKENS:
+            self._num_deaths = 0
+        self._died, self._tokens_at_death = link, num_tokens
+        self._num_deaths += 1
+        if self._num_deaths >= MAX_DEATHS:
+            self._dispatcher.poison.add(self._fingerprint)
+            raise poisoned()
+
+    def _migrate(
+        self, leg: Leg, error: ForebayError, *, avoid: tuple[WorkerLink, ...], on_probation: bool
+    ) -> None:
+        """Raises `error` when the request has moved too often, or there is no time to."""
+        unfinished = self._unfinished(leg)
+        self._leave(leg)
+        for i in unfinished:
+            self._num_migrations[i] += 1
+            if self._num_migrations[i] > self._dispatcher.max_migrations:
+                raise error
+        if self._dispatcher.closing:
+            raise error
+        log.info("%s goes on elsewhere: %s", leg.spec.request_id, error.message)
+        delay_s = self._delay_s()
+        fresh = tuple(i for i in unfinished if not self._choices[i].token_ids)
+        begun = [(i,) for i in unfinished if self._choices[i].token_ids]
+        for choices in [fresh, *begun] if fresh else begun:
+            for i in choices:
+                self._choices[i].resume()
+            leg = self._new_leg(choices)
+            workers = frozenset(link.worker_id for link in avoid)
+            task = self._dispatcher.spawn(self._resume(leg, workers, delay_s, on_probation))
+            self._placing[task] = None
+            task.add_done_callback(self._placing.pop)
+
+    def _delay_s(self) -> float:
+        """None after progress; then longer and longer, so that what cannot work is not tried as
+        often as possible."""
+        if self._num_generated > self._tokens_at_migration:
+            self._num_fruitless = 0
+        self._tokens_at_migration = self._num_generated
+        self._num_fruitless += 1
+        if self._num_fruitless == 1:
+            return 0.0
+        return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** (self._num_fruitless - 2))
+
+    async def _resume(
+        self, leg: Leg, avoid: frozenset[str], delay_s: float, on_probation: bool
+    ) -> None:
+        try:
+            await asyncio.sleep(delay_s)
+            if on_probation:
+                async with self._dispatcher.probation:
+                    await self._place_again(leg, avoid)
+                    await leg.first_sign(self._deadline)
+            else:
+                await self._place_again(leg, avoid)
+        except ForebayError as error:
+            self._signals.put(Stranded(leg, error))
+        except Exception:
+            log.exception("%s cannot be placed again", leg.spec.request_id)
+            self._signals.put(Stranded(leg, InternalError("the request could not go on")))
+
+    async def _place_again(self, leg: Leg, avoid: frozenset[str]) -> None:
+        deadline = self._deadline
+        await leg.place(self._dispatcher.placer, deadline, deadline, avoid=avoid, urgent=True)
+
+    def _leave(self, leg: Leg) -> None:
+        """Ends the leg wherever it may still hold something."""
+        self._legs.remove(leg)
+        ended = (self._choices[i] for i in leg.choices)
+        finished = all(c.finish is not None and not c.stopped_here for c in ended)
+        for link in leg.links:
+            link.unsubscribe(leg.spec.request_id)
+            if not (finished and leg.is_settled):
+                self._dispatcher.abort(link, leg.spec, ())
+
+    @property
+    def _num_generated(self) -> int:
+        return sum(len(choice.token_ids) for choice in self._choices)
 
     def _usage(self) -> Usage:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=self._num_generated,
             cached_tokens=self._num_cached_tokens,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import replace
 
 from forebay.admission.queue import AdmissionQueue
@@ -12,6 +11,7 @@ from forebay.core.errors import InvalidRequest, NotFound, Unavailable
 from forebay.core.randomness import Rng
 from forebay.core.sampling import SamplingParams
 from forebay.core.settings import GatewaySettings
+from forebay.gateway.dispatch import Dispatcher
 from forebay.gateway.fleet import Fleet, ServedModel
 from forebay.gateway.generation import (
     ChatPrompt,
@@ -21,9 +21,8 @@ from forebay.gateway.generation import (
     TextPrompt,
     TokenPrompt,
 )
-from forebay.gateway.placement import Placer
+from forebay.gateway.poison import PoisonList
 from forebay.gateway.request import GatewayRequest
-from forebay.gateway.worker_link import WorkerLink
 from forebay.kv.block_hash import cache_root
 from forebay.router.policy import can_serve
 from forebay.rpc.connector import Connector
@@ -52,9 +51,11 @@ class GatewayService:
         self._salt = (settings.cache_salt or rng.token("salt")).encode()
         self._queue = AdmissionQueue(settings.max_queued_requests)
         self._fleet = Fleet(settings, registry, connector, self.gateway_id, self._queue.notify)
-        self._placer = Placer(self._fleet, self._queue, self._discard)
-        self._background: set[asyncio.Task[None]] = set()
-        self._following: asyncio.Task[None] | None = None
+        self._poison = PoisonList(registry, self._salt, settings.poison_s)
+        self._dispatcher = Dispatcher(
+            self._fleet, self._queue, self._poison, settings.max_migrations
+        )
+        self._following: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
@@ -62,14 +63,17 @@ class GatewayService:
         return any(can_serve(model_id, view) for model_id in self._fleet.models())
 
     async def start(self) -> None:
-        self._following = asyncio.create_task(self._fleet.run())
+        self._following = [
+            asyncio.create_task(self._fleet.run()),
+            asyncio.create_task(self._poison.run()),
+        ]
 
     async def stop(self) -> None:
         """Call it when no request runs any more."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-        await asyncio.gather(*self._background, return_exceptions=True)
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
+        await self._dispatcher.close()
         await self._fleet.close()
         await self._registry.close()
 
@@ -83,6 +87,8 @@ class GatewayService:
         served = self._served(request.model)
         prompt = _tokenize(request, served)
         params = self._resolve(request, served, len(prompt))
+        fingerprint = self._poison.fingerprint(served.info.id, prompt)
+        self._poison.check(fingerprint)
         timeout_s = self._settings.request_timeout_s
         if request.timeout_s is not None:
             timeout_s = min(timeout_s, request.timeout_s)
@@ -101,10 +107,10 @@ class GatewayService:
             params=params,
             served=served,
             client_request_id=request.request_id or request_id,
+            fingerprint=fingerprint,
             deadline=Deadline.after(timeout_s),
             queue_timeout_s=self._settings.queue_timeout_s,
-            placer=self._placer,
-            abort=self._abort,
+            dispatcher=self._dispatcher,
         )
 
     def _served(self, model_id: str) -> ServedModel:
@@ -149,22 +155,6 @@ class GatewayService:
             seed=seed % 2**64,
             stop_token_ids=stop_token_ids,
         )
-
-    def _discard(self, link: WorkerLink, spec: worker_pb2.SequenceSpec) -> None:
-        link.unsubscribe(spec.request_id)
-        self._abort(link, spec, ())
-
-    def _abort(
-        self, link: WorkerLink, spec: worker_pb2.SequenceSpec, choices: tuple[int, ...]
-    ) -> None:
-        frozen = worker_pb2.SequenceSpec(request_id=spec.request_id, attempt=spec.attempt)
-        self._spawn(link.abort(frozen, choices))
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        task.add_done_callback(lambda _: self._queue.notify())
 
 
 def _tokenize(request: GenerationRequest, served: ServedModel) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from enum import Enum, auto
+from typing import Any, Protocol
 
 from forebay.core import clock
 from forebay.core.clock import Deadline
@@ -18,40 +19,76 @@ log = logging.getLogger(__name__)
 
 CALL_S = 5.0
 """Limit of one call to a worker; the request's own deadline bounds it further."""
+TICK_S = 0.5
+"""How often silence is looked for. Counted in ticks of this process, so that a gateway that was
+itself stopped for a while does not take that for its workers' silence."""
+RENEW_TICKS = 2
+
+StepsStream = Duplex[worker_pb2.StepsRequest, worker_pb2.StepsResponse]
+
+
+class Exposure(Enum):
+    """What a worker that died was doing for a request."""
+
+    NONE = auto()
+    """Nothing that runs: KV is awaited there, or was sent away."""
+    PROVEN = auto()
+    """It had computed tokens of it before."""
+    UNPROVEN = auto()
+    """It had just begun."""
+
+
+class Blame(Enum):
+    """Whether a request may have been what a worker died of."""
+
+    NONE = auto()
+    SUSPECT = auto()
+    """One of several."""
+    SOLE = auto()
+    """Nothing else that this gateway knows of."""
 
 
 class Inbox(Protocol):
-    """Where a request gets what its workers send."""
+    """Where a request gets what its workers send. `request_id`: of the whole request."""
+
+    request_id: str
 
     def deliver(self, link: WorkerLink, output: worker_pb2.SequenceOutput) -> None: ...
 
-    def lose(self, link: WorkerLink) -> None:
+    def exposure(self, link: WorkerLink) -> Exposure: ...
+
+    def lose(self, link: WorkerLink, blame: Blame) -> None:
         """The worker is gone; nothing more will come from it."""
 
 
 class WorkerLink:
-    """Void once `lost`: the fleet then makes a new one. `on_change` is called after every step and
-    when the link is lost."""
+    """Void once `lost`: the fleet then makes a new one. `on_change` is called after every message
+    and when the link is lost. `silence_s`: how long the worker may say nothing."""
 
     def __init__(
         self,
         description: worker_pb2.WorkerDescription,
         channel: Channel,
         gateway_id: str,
+        silence_s: float,
         on_change: Callable[[], None],
     ) -> None:
         self.description = description
         self.load = description.load
+        self.draining = description.draining
         self.num_sent_tokens = 0
         self.num_sent_sequences = 0
-        self.lost = False
         self.missing_since: float | None = None
         self._channel = channel
         self._gateway_id = gateway_id
+        self._silence_s = silence_s
         self._on_change = on_change
         self._inboxes: dict[str, Inbox] = {}
-        self._stream: Duplex[worker_pb2.StepsRequest, worker_pb2.StepsResponse] | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._stream: StepsStream | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._calls: dict[asyncio.Task[Any], None] = {}
+        self._lost = asyncio.Event()
+        self._num_silent_ticks = 0
 
     @property
     def worker_id(self) -> str:
@@ -60,6 +97,10 @@ class WorkerLink:
     @property
     def address(self) -> str:
         return self.description.endpoints[0].address
+
+    @property
+    def lost(self) -> bool:
+        return self._lost.is_set()
 
     async def open(self, deadline: Deadline) -> None:
         """Returns when the worker knows this gateway. Raises Unavailable."""
@@ -73,18 +114,24 @@ class WorkerLink:
             raise Unavailable(f"{self.address} did not answer the hello in time") from error
         if answer is None:
             raise Unavailable(f"{self.address} ended the step stream at once")
-        self.update_load(answer.load)
-        self._reader = asyncio.create_task(self._read(self._stream))
+        self._heard(answer)
+        self._tasks = [
+            asyncio.create_task(self._read(self._stream)),
+            asyncio.create_task(self._renew(self._stream)),
+            asyncio.create_task(self._watch()),
+        ]
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._stream is not None:
             self._stream.cancel()
         await self._channel.close()
 
     def subscribe(self, request_id: str, inbox: Inbox) -> None:
+        """From now on the gateway wants what the worker has of `request_id`, and renews its
+        lease. Raises WorkerLost."""
         if self.lost:
             raise WorkerLost(f"worker {self.worker_id} is gone")
         self._inboxes[request_id] = inbox
@@ -105,6 +152,16 @@ class WorkerLink:
     def forget_expected(self) -> None:
         """What was expected a while ago has been refused, or counted by the worker."""
         self.num_sent_tokens = self.num_sent_sequences = 0
+
+    async def lost_within(self, seconds: float) -> bool:
+        """Whether the link is lost by then: of a call that broke and a link that broke with it
+        either may be noticed first."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._lost.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def check_identity(self) -> None:
         """Raises Unavailable when another worker, or another life of this one, has its address: a
@@ -139,7 +196,10 @@ class WorkerLink:
         await self._call(methods.PREFILL, request, deadline)
 
     async def abort(self, spec: worker_pb2.SequenceSpec, choices: tuple[int, ...] = ()) -> None:
-        """Does not raise for a worker that is gone: it frees by itself what it held."""
+        """Does not raise for a worker that cannot be reached: without renewals it ends by itself
+        what it holds."""
+        if self.lost:
+            return
         request = worker_pb2.AbortRequest(
             request_id=spec.request_id,
             gateway_id=self._gateway_id,
@@ -154,20 +214,36 @@ class WorkerLink:
     async def _call(
         self, method: Method[Request, Response], request: Request, deadline: Deadline
     ) -> Response:
+        """Ends with the link, too: who waits for a worker that is gone shall not wait."""
+        if self.lost:
+            raise WorkerLost(f"worker {self.worker_id} is gone")
+        call = asyncio.create_task(self._channel.unary(method, request, deadline.within(CALL_S)))
+        call.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        self._calls[call] = None
         try:
-            return await self._channel.unary(method, request, deadline.within(CALL_S))
+            await asyncio.wait((call,))
+        finally:
+            call.cancel()
+            del self._calls[call]
+        if call.cancelled():
+            raise WorkerLost(f"worker {self.worker_id} is gone")
+        try:
+            return call.result()
         except DeadlineExceeded as error:
             if deadline.expired:
                 raise
             raise Unavailable(f"{self.worker_id} did not answer in time") from error
 
-    async def _read(
-        self, stream: Duplex[worker_pb2.StepsRequest, worker_pb2.StepsResponse]
-    ) -> None:
+    def _heard(self, message: worker_pb2.StepsResponse) -> None:
+        self._num_silent_ticks = 0
+        self.draining = message.draining
+        self.update_load(message.load)
+
+    async def _read(self, stream: StepsStream) -> None:
         reason = "the worker ended its step stream"
         try:
             while (message := await stream.receive()) is not None:
-                self.update_load(message.load)
+                self._heard(message)
                 for output in message.outputs:
                     inbox = self._inboxes.get(output.request_id)
                     if inbox is not None:
@@ -181,10 +257,45 @@ class WorkerLink:
         finally:
             self._lose(reason)
 
+    async def _renew(self, stream: StepsStream) -> None:
+        """Tells the worker what is still wanted from it; of a stream that cannot be written to the
+        reader learns as well."""
+        while True:
+            await asyncio.sleep(RENEW_TICKS * TICK_S)
+            if not self._inboxes:
+                continue
+            renewal = worker_pb2.Renewal(request_ids=list(self._inboxes))
+            try:
+                await stream.send(worker_pb2.StepsRequest(renewal=renewal))
+            except ForebayError:
+                return
+
+    async def _watch(self) -> None:
+        while self._num_silent_ticks * TICK_S < self._silence_s:
+            await asyncio.sleep(TICK_S)
+            self._num_silent_ticks += 1
+        self._lose(f"no sign of life for {self._silence_s:g} s")
+
     def _lose(self, reason: str) -> None:
-        self.lost = True
+        if self.lost:
+            return
+        self._lost.set()
         log.info("link to %s is lost at %.3f: %s", self.worker_id, clock.now(), reason)
-        for inbox in list(self._inboxes.values()):
-            inbox.lose(self)
+        inboxes = list(self._inboxes.values())
         self._inboxes.clear()
+        for inbox, blame in zip(inboxes, self._blame(inboxes), strict=True):
+            inbox.lose(self, blame)
+        for call in self._calls:
+            call.cancel()
         self._on_change()
+
+    def _blame(self, inboxes: list[Inbox]) -> list[Blame]:
+        """Who had just begun is suspected before who was served well until then; of several that
+        were, nobody is."""
+        exposures = [inbox.exposure(self) for inbox in inboxes]
+        worst = Exposure.UNPROVEN if Exposure.UNPROVEN in exposures else Exposure.PROVEN
+        suspects = {i.request_id for i, e in zip(inboxes, exposures, strict=True) if e is worst}
+        blame = Blame.SUSPECT if worst is Exposure.UNPROVEN else Blame.NONE
+        if len(suspects) == 1:
+            blame = Blame.SOLE
+        return [blame if exposure is worst else Blame.NONE for exposure in exposures]

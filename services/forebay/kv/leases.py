@@ -1,8 +1,8 @@
 """Leases: KV blocks a decode worker keeps for a prompt whose KV has not been committed yet.
 
-Time is a number handed in. A lease ends in one of three ways: `take` (the KV is whole, a sequence
-goes on with the blocks), `release` (abort) or expiry. Blocks of a lease that ends while a write to
-them may still land go into quarantine until the write is over.
+How long one lasts is its request's matter (forebay.worker.request_table). It ends by `take` (the
+KV is whole, a sequence goes on with the blocks) or by `release`. Blocks of a lease that ends while
+a write to them may still land go into quarantine until the write is over.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from forebay.kv.block_pool import BlockPool, Holder
 
 @dataclass(slots=True)
 class Lease:
-    """owner: whose prompt this is. block_table: blocks of the whole prompt, the leading
-    `num_cached_tokens` of which already hold their KV. expires_at: seconds on the caller's clock.
-    """
+    """owner: whose tokens these are. block_table: blocks of all `num_tokens`, the leading
+    `num_cached_tokens` of which already hold their KV."""
 
     lease_id: str
     owner: Hashable
     block_table: list[int]
     num_cached_tokens: int
     num_tokens: int
-    expires_at: float
     num_writes: int = 0
     ended: bool = False
 
@@ -35,7 +33,6 @@ class LeaseTable:
 
     def __init__(self, pool: BlockPool, epoch: str) -> None:
         self.epoch = epoch
-        self.num_expired = 0
         self._pool = pool
         self._leases: dict[str, Lease] = {}
         self._quarantined: dict[str, Lease] = {}
@@ -49,7 +46,6 @@ class LeaseTable:
         owner: Hashable,
         hashes: Sequence[bytes],
         num_tokens: int,
-        expires_at: float,
     ) -> Lease:
         """Holds blocks for `num_tokens`, of which `hashes` are the full blocks' hashes. Raises
         OutOfBlocks, and then holds nothing."""
@@ -69,7 +65,6 @@ class LeaseTable:
             block_table=cached + fresh,
             num_cached_tokens=len(cached) * self._pool.block_size,
             num_tokens=num_tokens,
-            expires_at=expires_at,
         )
         self._leases[lease_id] = lease
         return lease
@@ -106,14 +101,6 @@ class LeaseTable:
         else:
             self._quarantined[lease.lease_id] = lease
             self._pool.move(lease.block_table, Holder.LEASE, Holder.QUARANTINE)
-
-    def expire(self, now: float) -> list[Lease]:
-        """Releases every lease whose time is over and returns them."""
-        over = [lease for lease in self._leases.values() if lease.expires_at <= now]
-        for lease in over:
-            self.release(lease)
-        self.num_expired += len(over)
-        return over
 
     def check_integrity(self) -> None:
         assert all(not lease.ended for lease in self._leases.values())

@@ -12,6 +12,9 @@ from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
 
+PROTOCOL_VERSION = 2
+"""Of the messages between gateways and workers; only processes of one version work together."""
+
 WORKER_SERVICE = "forebay.rpc.v1.WorkerService"
 KV_TRANSFER_SERVICE = "forebay.rpc.v1.KvTransferService"
 

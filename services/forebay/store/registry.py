@@ -1,4 +1,4 @@
-"""Which workers there are: the seam, implemented over Redis and, for simulation, in memory."""
+"""What processes tell each other through Redis; in memory for simulation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from forebay.rpc.v1 import worker_pb2
 
 
 class Registry(Protocol):
-    """Records disappear `ttl_s` after they were last published. Every call returns within a few
-    seconds or raises Unavailable."""
+    """Which workers there are, and which requests have ended workers. Records disappear `ttl_s`
+    after they were last written. Every call returns within a few seconds or raises Unavailable."""
 
     async def publish(self, worker: worker_pb2.WorkerDescription, ttl_s: float) -> None: ...
 
@@ -17,5 +17,10 @@ class Registry(Protocol):
 
     async def list_workers(self) -> list[worker_pb2.WorkerDescription]:
         """In the order of their ids."""
+
+    async def add_poison(self, fingerprint: str, ttl_s: float) -> None: ...
+
+    async def list_poison(self) -> list[str]:
+        """The fingerprints of requests that are blocked, in order."""
 
     async def close(self) -> None: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forebay.core import clock
 from forebay.core.errors import KvTransferError
 from forebay.core.randomness import Rng
 from forebay.engine.engine import Engine
@@ -26,11 +25,10 @@ class _Reservation:
 class Reservations:
     """At most one per request. The lease table and the engine share one block pool."""
 
-    def __init__(self, engine: Engine, leases: LeaseTable, rng: Rng, lease_s: float) -> None:
+    def __init__(self, engine: Engine, leases: LeaseTable, rng: Rng) -> None:
         self._engine = engine
         self._leases = leases
         self._rng = rng
-        self._lease_s = lease_s
         self._by_key: dict[RequestKey, _Reservation] = {}
 
     def __len__(self) -> int:
@@ -43,15 +41,12 @@ class Reservations:
     def reserve(self, request: WorkerRequest) -> Lease:
         """Raises OutOfBlocks, and then holds nothing."""
         assert request.key not in self._by_key
-        chain = HashChain(request.cache_root, self._engine.pool.block_size)
+        start = request.start
+        chain = HashChain(start.cache_root, self._engine.pool.block_size)
         lease = self._leases.grant(
-            self._rng.token("lease"),
-            request.key,
-            chain.upto(request.prompt),
-            len(request.prompt),
-            min(request.deadline.at, clock.now() + self._lease_s),
+            self._rng.token("lease"), request.key, chain.upto(start.tokens), len(start.tokens)
         )
-        self._engine.count_cache_lookup(len(request.prompt), lease.num_cached_tokens)
+        self._engine.count_cache_lookup(len(start.tokens), lease.num_cached_tokens)
         self._by_key[request.key] = _Reservation(request, lease)
         return lease
 
@@ -62,7 +57,7 @@ class Reservations:
         reservation = self._by_key[lease.owner]
         request = reservation.request
         choices = {choice for choice, _ in first_tokens}
-        if len(choices) < len(first_tokens) or not choices <= set(range(request.params.n)):
+        if len(choices) < len(first_tokens) or not choices <= set(request.start.choices):
             raise KvTransferError("the commit's first tokens are not one a choice")
         vocab_size = self._engine.runner.model.vocab_size
         if any(token_id >= vocab_size for _, token_id in first_tokens):
@@ -72,15 +67,7 @@ class Reservations:
         if not wanted:
             self._leases.release(lease)
             return request
-        self._engine.adopt(
-            request.key,
-            request.attempt,
-            request.prompt,
-            request.params,
-            request.cache_root,
-            self._leases.take(lease),
-            wanted,
-        )
+        self._engine.adopt(request.start, self._leases.take(lease), wanted)
         return request
 
     def abort(self, key: RequestKey, choices: frozenset[int]) -> bool:
@@ -89,12 +76,7 @@ class Reservations:
         if reservation is None:
             return False
         reservation.dropped |= choices
-        if not choices or reservation.dropped.issuperset(range(reservation.request.params.n)):
+        if not choices or reservation.dropped.issuperset(reservation.request.start.choices):
             del self._by_key[key]
             self._leases.release(reservation.lease)
         return True
-
-    def expire(self) -> list[WorkerRequest]:
-        """Ends what has waited too long and returns it."""
-        expired = [lease.owner for lease in self._leases.expire(clock.now())]
-        return [self._by_key.pop(key).request for key in expired if isinstance(key, RequestKey)]

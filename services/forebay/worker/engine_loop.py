@@ -10,6 +10,7 @@ from forebay.core import clock
 from forebay.core.errors import InternalError
 from forebay.core.executor import Executor
 from forebay.engine.engine import Engine, StepOutcome
+from forebay.engine.interface import Batch, LayerHook
 from forebay.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,8 @@ MAX_FAILED_STEPS = 3
 
 class EngineLoop:
     """`on_outcome` gets the result of every step, `on_failure` the sequences that ended because
-    their step could not be computed, with a message fit for the client."""
+    their step could not be computed, with a message fit for the client. `layer_hook` is asked right
+    before a step, on the loop, for what the runner shall call after each layer of it."""
 
     def __init__(
         self,
@@ -28,12 +30,14 @@ class EngineLoop:
         executor: Executor,
         on_outcome: Callable[[StepOutcome], None],
         on_failure: Callable[[list[Sequence], str], None],
+        layer_hook: Callable[[Batch, list[Sequence]], LayerHook | None],
     ) -> None:
         self.num_steps = 0
         self._engine = engine
         self._executor = executor
         self._on_outcome = on_outcome
         self._on_failure = on_failure
+        self._layer_hook = layer_hook
         self._wake = asyncio.Event()
         self._step_began: float | None = None
         self._num_failed = 0
@@ -62,7 +66,8 @@ class EngineLoop:
             return False
         self._step_began = clock.now()
         try:
-            result = await self._executor.run(self._engine.runner.run, batch)
+            hook = self._layer_hook(batch, self._engine.in_step)
+            result = await self._executor.run(self._engine.runner.run, batch, hook)
             await asyncio.sleep(result.modelled_s)
         except Exception:
             log.exception("engine step of %d tokens failed", batch.num_tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from crc32c import crc32c
 from google.protobuf.message import DecodeError
 
 from forebay.core.errors import KvTransferError
@@ -35,6 +36,14 @@ class FrameSlice:
     token_start: int
     num_tokens: int
 
+    @property
+    def layer_end(self) -> int:
+        return self.layer_start + self.num_layers
+
+    @property
+    def token_end(self) -> int:
+        return self.token_start + self.num_tokens
+
 
 def plan_frames(
     layout: worker_pb2.KvLayout, token_start: int, num_tokens: int, max_bytes: int
@@ -54,6 +63,14 @@ def plan_frames(
         for layer in range(0, layout.num_layers, layers_each)
         for token in range(token_start, end, tokens_each)
     ]
+
+
+def chained(checksum: int, *values: int) -> int:
+    """CRC-32C `checksum` continued over each value as four little-endian bytes: over the checksums
+    of a push's frames in order, then choice and token id of each first token."""
+    for value in values:
+        checksum = crc32c(value.to_bytes(4, "little"), checksum)
+    return checksum
 
 
 def encode_frame(header: kv_transfer_pb2.KvFrameHeader, payload: bytes) -> bytes:

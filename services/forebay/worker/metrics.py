@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -14,7 +14,7 @@ from forebay.rpc.v1 import worker_pb2
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 _COUNTERS = {
-    "prompt_tokens": "Prompt tokens whose first token was sampled here.",
+    "prompt_tokens": "Prompt tokens computed here up to the next token, resumed answers' included.",
     "generation_tokens": "Tokens sampled here.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
@@ -22,7 +22,7 @@ _COUNTERS = {
     "kv_bytes_sent": "KV bytes pushed to decode workers.",
     "kv_bytes_received": "KV bytes received from prefill workers.",
     "kv_transfer_failures": "KV transfers that failed, sent or received.",
-    "expired_leases": "Leases that ended without a commit or an abort.",
+    "expired_leases": "Requests that ended because their gateway did not renew their lease.",
     "requests": "Requests accepted.",
 }
 
@@ -43,6 +43,17 @@ class WorkerMetrics:
         self._transfer_s = self._histogram(
             "forebay_kv_transfer_seconds", "From the first token to the receiver's commit."
         )
+
+        self._handed_over = Counter(
+            "forebay_handed_over_requests",
+            "Requests given back to their gateways because the worker's time to drain was up.",
+            ("model_name",),
+            registry=self.registry,
+        )
+        self._handed_over.labels(self._model_name)
+
+    def count_handed_over(self) -> None:
+        self._handed_over.labels(self._model_name).inc()
 
     def observe_prefill(self, seconds: float) -> None:
         self._prefill_s.labels(self._model_name).observe(seconds)

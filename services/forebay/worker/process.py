@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import start_http_server
@@ -23,7 +22,6 @@ from forebay.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-_IDLE_POLL_S = 0.05
 _CLOSE_S = 1.0
 
 
@@ -37,7 +35,8 @@ class WorkerProcess:
         self._worker: Worker | None = None
         self._listener: GrpcListener | None = None
         self._metrics_server: Any = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stopping: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -57,34 +56,40 @@ class WorkerProcess:
         worker.metrics_url = f"http://{host}:{self._metrics_server.server_port}/metrics"
         self._listener = GrpcListener(worker.routes(), settings.host, settings.port)
         self._worker = worker
-        self._tasks.append(asyncio.create_task(worker.run(), name="worker"))
+        self._tasks["worker"] = asyncio.create_task(worker.run())
         await self._listener.start()
         worker.endpoint = f"{host}:{self._listener.port}"
         await self._registry.publish(worker.description(), settings.registry_ttl_s)
-        self._tasks.append(asyncio.create_task(self._heartbeat(worker), name="heartbeat"))
+        self._tasks["heartbeat"] = asyncio.create_task(self._heartbeat(worker))
         log.info("%s listens on %s", worker.worker_id, worker.endpoint)
 
     def check_health(self) -> None:
         """Raises InternalError when the worker should be replaced."""
         if self._worker is None:
             raise InternalError("the worker has not started")
-        for task in self._tasks:
+        for name, task in self._tasks.items():
             if task.done():
                 cause = None if task.cancelled() else task.exception()
-                raise InternalError(f"the worker's {task.get_name()} task has ended: {cause!r}")
+                raise InternalError(f"the worker's {name} task has ended: {cause!r}")
         self._worker.check_health()
 
     async def stop(self, grace_s: float) -> None:
-        """Leaves the registry, lets running sequences finish for up to `grace_s`, then stops."""
+        """Leaves the registry, lets what is here finish for up to `grace_s`, hands over the rest
+        and ends. A second call waits for the first."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace_s: float) -> None:
         worker = self._worker
         if worker is not None:
-            worker.draining = True
-            await self._end(task for task in self._tasks if task.get_name() == "heartbeat")
-            await self._deregister(worker)
-            deadline = Deadline.after(grace_s)
-            while not worker.idle and not deadline.expired:
-                await asyncio.sleep(_IDLE_POLL_S)
-        await self._end(self._tasks)
+            await self._end("heartbeat")
+            log.info("%s drains for up to %.0f s", worker.worker_id, grace_s)
+            num_left, _ = await asyncio.gather(
+                worker.drain(Deadline.after(grace_s)), self._deregister(worker)
+            )
+            log.info("%s has drained, %d sequences handed over", worker.worker_id, num_left)
+        await self._end("worker")
         if worker is not None:
             await worker.close()
         if self._listener is not None:
@@ -110,11 +115,11 @@ class WorkerProcess:
                     log.warning("no heartbeat: %s", error.message)
                 complaint = error.message
 
-    async def _end(self, tasks: Iterable[asyncio.Task[None]]) -> None:
-        ended = list(tasks)
-        for task in ended:
+    async def _end(self, name: str) -> None:
+        task = self._tasks.get(name)
+        if task is not None:
             task.cancel()
-        await asyncio.gather(*ended, return_exceptions=True)
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _deregister(self, worker: Worker) -> None:
         try:

@@ -1,4 +1,5 @@
-"""One outgoing stream per gateway: everything a step has for a gateway goes out as one message.
+"""One stream per gateway: everything a step has for a gateway goes out as one message, and what the
+gateway says comes in beside it.
 
 A gateway that reads slowly, or is away, never delays a step: its messages wait in a bounded
 buffer, and a buffer that is full cuts the stream.
@@ -8,79 +9,134 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from forebay.core import clock
-from forebay.core.errors import Overloaded, Unavailable
+from forebay.core.errors import ForebayError, InternalError, Overloaded, Unavailable
 from forebay.rpc.v1 import worker_pb2
 
 MAX_BUFFERED_MESSAGES = 4096
+STEP_HEARTBEAT_S = 0.5
+"""An attached gateway hears something at least this often."""
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One hello's stream; `detached_at` is None while its gateway reads."""
+    """One hello's stream; `detached_at` is None while its gateway reads. `error`: what it ends
+    with."""
 
+    sent_at: float
     buffer: deque[worker_pb2.StepsResponse] = field(default_factory=deque)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
     detached_at: float | None = None
-    overrun: bool = False
+    error: ForebayError | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        return self.detached_at is None and self.error is None
+
+    def send(self, message: worker_pb2.StepsResponse) -> None:
+        if not self.is_attached:
+            return
+        self.sent_at = clock.now()
+        if len(self.buffer) >= MAX_BUFFERED_MESSAGES:
+            self.cut(Overloaded("the gateway reads its step stream too slowly"))
+        else:
+            self.buffer.append(message)
+            self.filled.set()
+
+    def end(self, error: ForebayError) -> None:
+        """After what waits in the buffer. The first error counts."""
+        self.error = self.error or error
+        self.filled.set()
+
+    def cut(self, error: ForebayError) -> None:
+        self.buffer.clear()
+        self.end(error)
+
+    async def read(
+        self,
+        messages: AsyncIterator[worker_pb2.StepsRequest],
+        on_message: Callable[[worker_pb2.StepsRequest], None],
+    ) -> None:
+        try:
+            async for message in messages:
+                on_message(message)
+        except ForebayError as error:
+            self.end(error)
+        except Exception as error:
+            self.end(InternalError(f"the step stream cannot be read: {error!r}"))
 
 
 class StepStreams:
-    """The streams of one worker."""
+    """The streams of one worker. `sign_of_life` makes a message without outputs; `on_message` gets
+    every message of a gateway but the hello, and raises a ForebayError to end its stream."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        sign_of_life: Callable[[], worker_pb2.StepsResponse],
+        on_message: Callable[[str, worker_pb2.StepsRequest], None],
+    ) -> None:
+        self._sign_of_life = sign_of_life
+        self._on_message = on_message
         self._streams: dict[str, _Stream] = {}
-        self._closed = False
+
+    @property
+    def all_taken(self) -> bool:
+        """Whether nothing waits to be read by a gateway that is there."""
+        return not any(stream.is_attached and stream.buffer for stream in self._streams.values())
 
     def is_attached(self, gateway_id: str) -> bool:
         stream = self._streams.get(gateway_id)
-        return stream is not None and stream.detached_at is None
+        return stream is not None and stream.is_attached
 
     def send(self, gateway_id: str, message: worker_pb2.StepsResponse) -> None:
         """Never waits. Messages to a gateway that is not attached are dropped: its sequences are
         about to be aborted."""
         stream = self._streams.get(gateway_id)
-        if stream is None or stream.detached_at is not None:
-            return
-        if len(stream.buffer) >= MAX_BUFFERED_MESSAGES:
-            stream.overrun = True
-        else:
-            stream.buffer.append(message)
-        stream.filled.set()
+        if stream is not None:
+            stream.send(message)
+
+    def announce(self) -> None:
+        """A sign of life to everyone, at once."""
+        for stream in self._streams.values():
+            stream.send(self._sign_of_life())
+
+    def send_signs_of_life(self) -> None:
+        """To every gateway that got nothing for STEP_HEARTBEAT_S and has read what it got."""
+        silent_since = clock.now() - STEP_HEARTBEAT_S
+        for stream in self._streams.values():
+            if stream.is_attached and stream.sent_at <= silent_since and not stream.buffer:
+                stream.send(self._sign_of_life())
 
     async def serve(
-        self, gateway_id: str, hello: worker_pb2.StepsResponse
+        self, gateway_id: str, messages: AsyncIterator[worker_pb2.StepsRequest]
     ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
-        """Yields `hello`, then the gateway's messages, until the gateway leaves or says hello
-        again elsewhere."""
-        stream = _Stream()
+        """Yields a sign of life, then the gateway's messages, until the gateway leaves or says
+        hello again elsewhere. Raises what the stream ends with."""
+        stream = _Stream(sent_at=clock.now())
         before, self._streams[gateway_id] = self._streams.get(gateway_id), stream
         if before is not None:
-            before.filled.set()
+            before.cut(Unavailable("the gateway has opened another step stream"))
+        reading = asyncio.create_task(
+            stream.read(messages, lambda message: self._on_message(gateway_id, message))
+        )
         try:
-            yield hello
+            yield self._sign_of_life()
             while True:
-                self._check_current(gateway_id, stream)
-                if not stream.buffer:
-                    if self._closed:
-                        raise Unavailable("the worker stops")
+                if stream.buffer:
+                    yield stream.buffer.popleft()
+                elif stream.error is not None:
+                    raise stream.error
+                else:
                     stream.filled.clear()
                     await stream.filled.wait()
-                    continue
-                yield stream.buffer.popleft()
         finally:
             stream.detached_at = clock.now()
             stream.buffer.clear()
-
-    def _check_current(self, gateway_id: str, stream: _Stream) -> None:
-        """Raises Unavailable or Overloaded when `stream` has to end."""
-        if self._streams.get(gateway_id) is not stream:
-            raise Unavailable("the gateway has opened another step stream")
-        if stream.overrun:
-            raise Overloaded("the gateway reads its step stream too slowly")
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     def expire(self, before: float) -> list[str]:
         """Forgets gateways that have been away since `before` or longer, and returns them."""
@@ -93,8 +149,7 @@ class StepStreams:
             del self._streams[gateway_id]
         return gone
 
-    def close(self) -> None:
-        """Ends every stream."""
-        self._closed = True
+    def close(self, reason: str) -> None:
+        """Ends every stream there is as Unavailable."""
         for stream in self._streams.values():
-            stream.filled.set()
+            stream.end(Unavailable(reason))

@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 
 from forebay.core import clock
-from forebay.core.errors import InvalidRequest, Overloaded, RequestCancelled, Unavailable
+from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unavailable
 from forebay.core.executor import Executor
 from forebay.core.randomness import Rng
 from forebay.core.settings import WorkerSettings
-from forebay.engine.engine import Engine, Prefilled, StepOutcome
+from forebay.engine.engine import Engine, StepOutcome
 from forebay.engine.interface import Runner
 from forebay.engine.sequence import RequestKey, Sequence
 from forebay.engine.wire import counters_of, error_to_proto, load_of, output_to_proto
@@ -28,17 +28,17 @@ from forebay.worker.decode import Reservations
 from forebay.worker.engine_loop import EngineLoop
 from forebay.worker.metrics import WorkerMetrics
 from forebay.worker.prefill import Transfers
+from forebay.worker.request_table import RequestTable
 from forebay.worker.requests import WorkerRequest, accept
+from forebay.worker.room import Room
 from forebay.worker.step_streams import StepStreams
 from forebay.worker.transfer import ConnectorKvTransport, KvReceiver, KvSender
 
-PROTOCOL_VERSION = 1
 SWEEP_S = 0.25
-"""How often leases, deadlines and absent gateways are looked at."""
-ABORT_MEMORY_S = 30.0
-"""How long an abort that found nothing is remembered: its request may have been overtaken."""
-PREFILL_QUEUE_STEPS = 2
-"""Prompt tokens that may wait here, in full steps: the rest waits in the gateways' queues."""
+"""How often leases, health, absent gateways and silent streams are looked at."""
+IDLE_POLL_S = 0.05
+FLUSH_S = 1.0
+"""How long a worker that has drained waits for gateways to read the last outputs."""
 
 
 class Worker:
@@ -51,31 +51,42 @@ class Worker:
         executor: Executor,
         connector: Connector,
         rng: Rng,
+        protocol_version: int = methods.PROTOCOL_VERSION,
     ) -> None:
         self.worker_id = rng.token(settings.role.value)
         self.epoch = rng.token("epoch")
         self.endpoint = ""
         self.metrics_url = ""
         self.draining = False
+        self._stopped = False
         self._settings = settings
         self._runner = runner
-        self._max_queued_tokens = PREFILL_QUEUE_STEPS * settings.engine.max_batch_tokens
-        self._requests: dict[RequestKey, WorkerRequest] = {}
-        self._aborted: dict[RequestKey, tuple[int, float]] = {}
-        self._num_requests = 0
+        self._protocol_version = protocol_version
+        self._requests = RequestTable(settings.lease_s)
         self.engine = Engine(
             runner,
             max_batch_tokens=settings.engine.max_batch_tokens,
             max_num_seqs=settings.engine.max_num_seqs,
         )
+        self._room = Room(self.engine, self._requests, settings.engine.max_batch_tokens)
         self.leases = LeaseTable(self.engine.pool, self.epoch)
-        self._streams = StepStreams()
-        self._loop = EngineLoop(self.engine, executor, self._on_outcome, self._on_failed_step)
-        self._reservations = Reservations(self.engine, self.leases, rng, settings.lease_s)
+        self._streams = StepStreams(self._message, self._on_message)
+        self._reservations = Reservations(self.engine, self.leases, rng)
         self._transport = ConnectorKvTransport(connector)
-        self._sender = KvSender(runner, executor, self._transport, settings.kv_frame_kib * 1024)
+        self._sender = KvSender(
+            runner, executor, self._transport, settings.kv_frame_kib * 1024, protocol_version
+        )
         self._transfers = Transfers(self.engine, self._sender, self._on_transfer_end)
-        self._receiver = KvReceiver(runner, executor, self.leases, self._on_commit)
+        self._receiver = KvReceiver(
+            runner, executor, self.leases, self._on_commit, protocol_version
+        )
+        self._loop = EngineLoop(
+            self.engine,
+            executor,
+            self._on_outcome,
+            self._on_failed_step,
+            self._transfers.layer_hook,
+        )
         self.metrics = WorkerMetrics(self.description)
 
     def routes(self) -> Routes:
@@ -86,7 +97,7 @@ class Worker:
                 (methods.RESERVE, self.reserve),
                 (methods.PREFILL, self.prefill),
                 (methods.ABORT, self.abort),
-                (methods.DRAIN, self.drain),
+                (methods.DRAIN, self.drain_on_call),
             ],
             push=[(methods.KV_PUSH, self.push)],
             duplex=[(methods.STEPS, self.steps)],
@@ -100,7 +111,25 @@ class Worker:
                 tasks.create_task(self._loop.run())
                 tasks.create_task(self._sweep_forever())
         finally:
-            self._streams.close()
+            self._stopped = True
+            self._streams.close("the worker stops")
+
+    async def drain(self, deadline: clock.Deadline) -> int:
+        """Refuses new work and tells the gateways so; lets what is here finish until `deadline`,
+        then hands it back to them as resumable errors. Returns how many sequences those were."""
+        if not self.draining:
+            self.draining = True
+            self._streams.announce()
+        while not self.idle and not deadline.expired:
+            await asyncio.sleep(min(IDLE_POLL_S, deadline.remaining_s()))
+        num_left = self._requests.num_sequences
+        for request in self._requests:
+            self.metrics.count_handed_over()
+            self._fail(request, request.going_on, "the worker is draining", resumable=True)
+        flushing = clock.Deadline.after(FLUSH_S)
+        while not self._streams.all_taken and not flushing.expired:
+            await asyncio.sleep(IDLE_POLL_S)
+        return num_left
 
     async def close(self) -> None:
         """After `run` has ended: cuts what is still open."""
@@ -115,14 +144,15 @@ class Worker:
         """Between steps; AssertionError names the first broken invariant."""
         self.engine.check_integrity()
         self.leases.check_integrity()
+        self._requests.check_integrity()
         assert len(self._reservations) == len(self.leases)
 
     @property
     def idle(self) -> bool:
-        return not (self.engine.num_sequences or self._reservations or self._transfers)
+        return not (self._requests or self.engine.num_sequences or self._transfers)
 
     def load(self) -> worker_pb2.WorkerLoad:
-        return load_of(self.engine, self._prefill_room())
+        return load_of(self.engine, self._room.prefill_tokens)
 
     def description(self) -> worker_pb2.WorkerDescription:
         """Only reads, so that the metrics listener's thread may call it too."""
@@ -130,8 +160,8 @@ class Worker:
         counters.kv_bytes_sent = self._sender.num_bytes
         counters.kv_bytes_received = self._receiver.num_bytes
         counters.kv_transfer_failures = self._transfers.num_failures + self._receiver.num_failures
-        counters.expired_leases = self.leases.num_expired
-        counters.requests = self._num_requests
+        counters.expired_leases = self._requests.num_expired
+        counters.requests = self._requests.num_accepted
         return worker_pb2.WorkerDescription(
             worker_id=self.worker_id,
             epoch=self.epoch,
@@ -142,7 +172,7 @@ class Worker:
             kv_layout=self._runner.kv_layout,
             load=self.load(),
             metrics_url=self.metrics_url,
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=self._protocol_version,
             counters=counters,
         )
 
@@ -155,39 +185,41 @@ class Worker:
         return worker_pb2.GetTokenizerResponse(tokenizer_spec=self._runner.tokenizer_spec)
 
     async def reserve(self, message: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResponse:
-        """A repeated call for the same attempt gets the lease it got before."""
+        """A repeated call for the same attempt gets the blocks it got before."""
         request = self._accept(message.sequence)
         lease = self._reservations.find(request.key)
         if lease is None:
             if self.engine.sequences(request.key):
                 raise InvalidRequest("the request is decoded here already", param="request_id")
-            self._check_room(request)
+            self._room.check(request)
             try:
                 lease = self._reservations.reserve(request)
             except OutOfBlocks as error:
                 raise Overloaded(f"no KV memory for the prompt: {error}") from error
             self._enter(request)
-        return self._reserved(lease)
+        known = self._requests.get(request.key)
+        assert known is not None
+        return worker_pb2.ReserveResponse(
+            lease_id=lease.lease_id,
+            epoch=self.epoch,
+            lease_ms=known.lease.remaining_ms(),
+            num_cached_tokens=lease.num_cached_tokens,
+        )
 
     async def prefill(self, message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
         """A repeated call for the same attempt has no effect."""
         request = self._accept(message.sequence)
         if self.engine.sequences(request.key):
             return worker_pb2.PrefillResponse()
-        self._check_room(request)
-        if self._prefill_room() == 0:
+        self._room.check(request)
+        if self._room.prefill_tokens == 0:
             raise Overloaded("enough prompt tokens wait here already")
         request.target = message.target if message.HasField("target") else None
-        if message.target.start_token > len(request.prompt):
+        if message.target.start_token > len(request.start.tokens):
             raise InvalidRequest("start_token lies past the prompt", param="target.start_token")
-        self.engine.submit(
-            request.key,
-            request.attempt,
-            request.prompt,
-            request.params,
-            request.cache_root,
-            prefill_only=request.target is not None,
-        )
+        sequence = self.engine.submit(request.start, prefill_only=request.target is not None)
+        if request.target is not None:
+            self._transfers.open(request, sequence)
         self._enter(request)
         return worker_pb2.PrefillResponse()
 
@@ -200,97 +232,106 @@ class Worker:
     async def steps(
         self, messages: AsyncIterator[worker_pb2.StepsRequest]
     ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
+        """What a gateway left here under an earlier stream ends with the next one's hello: it goes
+        on by migration, if at all."""
         hello: worker_pb2.StepsRequest | None = await anext(messages, None)
         if hello is None or not hello.hello.gateway_id:
             raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
-        self._abort_all((hello.hello.gateway_id,))  # of an earlier stream: it is not resumed
-        answer = worker_pb2.StepsResponse(load=self.load())
-        async with aclosing(self._streams.serve(hello.hello.gateway_id, answer)) as stream:
+        self._check_alive()
+        self._end_all((hello.hello.gateway_id,))
+        async with aclosing(self._streams.serve(hello.hello.gateway_id, messages)) as stream:
             async for message in stream:
                 yield message
 
     async def abort(self, message: worker_pb2.AbortRequest) -> worker_pb2.AbortResponse:
         key = RequestKey(message.gateway_id, message.request_id)
         request = self._requests.get(key)
-        if request is not None and request.attempt > message.attempt:
+        if not message.choices and (request is None or request.attempt < message.attempt):
+            self._requests.remember_abort(key, message.attempt)
+        if request is None or request.attempt > message.attempt:
             return worker_pb2.AbortResponse(found=False)
-        found = self._abort(key, frozenset(message.choices))
-        if not found and not message.choices:
-            before, _ = self._aborted.get(key, (0, 0.0))
-            self._aborted[key] = (max(before, message.attempt), clock.now())
-        return worker_pb2.AbortResponse(found=found)
+        choices = request.going_on.intersection(message.choices or request.going_on)
+        self._end_choices(request, choices)
+        if choices and request in self._requests:
+            self._reservations.abort(key, frozenset(choices))
+            self.engine.abort(key, frozenset(choices))
+            self._loop.wake()
+        return worker_pb2.AbortResponse(found=bool(choices))
 
-    async def drain(self, message: worker_pb2.DrainRequest) -> worker_pb2.DrainResponse:
-        """Refuses new work at once; the registry says so with the next heartbeat."""
-        self.draining = True
-        deadline = clock.Deadline.after_ms(message.timeout_ms)
-        while not self.idle and not deadline.expired:
-            await asyncio.sleep(min(SWEEP_S, deadline.remaining_s()))
-        num_left = self.engine.num_sequences + len(self._reservations)
+    async def drain_on_call(self, message: worker_pb2.DrainRequest) -> worker_pb2.DrainResponse:
+        num_left = await self.drain(clock.Deadline.after_ms(message.timeout_ms))
         return worker_pb2.DrainResponse(num_left=num_left)
+
+    def _check_alive(self) -> None:
+        """Raises Unavailable."""
+        if self._stopped:
+            raise Unavailable("the worker stops")
+        try:
+            self.check_health()
+        except InternalError as error:
+            raise Unavailable(error.message) from error
 
     def _accept(self, spec: worker_pb2.SequenceSpec) -> WorkerRequest:
         """Validates, and makes a newer attempt of a request end the older one."""
         if self.draining:
             raise Unavailable("the worker is draining")
-        request = accept(spec, self._runner.model)
+        self._check_alive()
+        request = accept(spec, self._runner.model, self._settings.lease_s)
         if not self._streams.is_attached(request.key.gateway_id):
             raise Unavailable("the gateway has no step stream to this worker")
-        if request.key in self._aborted and self._aborted[request.key][0] >= request.attempt:
-            raise RequestCancelled(f"attempt {request.attempt} was aborted before it came")
+        self._requests.check_attempt(request)
         known = self._requests.get(request.key)
-        if known is not None and known.attempt > request.attempt:
-            raise InvalidRequest(f"attempt {request.attempt} is over", param="attempt")
         if known is not None and known.attempt < request.attempt:
-            self._abort(request.key, frozenset())
+            self._end(known)
         return request
 
-    def _prefill_room(self) -> int:
-        return max(0, self._max_queued_tokens - self.engine.num_pending_prefill_tokens)
-
-    def _check_room(self, request: WorkerRequest) -> None:
-        """Raises Overloaded: a prompt is let in only if every running sequence could still grow by
-        a block, those that wait (preempted ones too) could start, and a slot of the batch is free
-        for each of its choices."""
-        pool, engine = self.engine.pool, self.engine
-        num_seqs = sum(len(known.going_on) for known in self._requests.values())
-        if num_seqs and num_seqs + request.params.n > engine.max_num_seqs:
-            raise Overloaded(f"{num_seqs} sequences are here already")
-        wanted = engine.num_waiting_blocks + pool.blocks_for(len(request.prompt))
-        if pool.num_available - wanted < engine.num_running:
-            raise Overloaded("not enough free KV blocks")
-
-    def _reserved(self, lease: Lease) -> worker_pb2.ReserveResponse:
-        return worker_pb2.ReserveResponse(
-            lease_id=lease.lease_id,
-            epoch=self.epoch,
-            lease_ms=clock.Deadline(lease.expires_at).remaining_ms(),
-            num_cached_tokens=lease.num_cached_tokens,
-        )
-
     def _enter(self, request: WorkerRequest) -> None:
-        self._requests[request.key] = request
-        self._num_requests += 1
+        self._requests.enter(request)
         self._loop.wake()
 
-    def _abort(self, key: RequestKey, choices: frozenset[int]) -> bool:
-        request = self._requests.get(key)
-        if request is not None and (not choices or choices >= request.going_on):
-            choices = frozenset()
-            del self._requests[key]
-        elif request is not None:
-            request.going_on -= choices
-        parts = (
-            self._reservations.abort(key, choices),
-            self.engine.abort(key, choices),
-            not choices and self._transfers.abort(key),
+    def _end(self, request: WorkerRequest) -> None:
+        """Frees all that is held for a request that is here."""
+        self._requests.remove(request.key)
+        self._reservations.abort(request.key, frozenset())
+        self._transfers.abort(request.key)
+        self.engine.abort(request.key)
+        self._loop.wake()
+
+    def _end_all(self, gateway_ids: Collection[str]) -> None:
+        for request in self._requests.of_gateways(gateway_ids):
+            self._end(request)
+
+    def _end_choices(self, request: WorkerRequest, choices: Collection[int]) -> None:
+        request.going_on.difference_update(choices)
+        if not request.going_on and request in self._requests:
+            self._end(request)
+
+    def _fail(
+        self, request: WorkerRequest, choices: Collection[int], message: str, *, resumable: bool
+    ) -> None:
+        if request not in self._requests:
+            return
+        ended = sorted(choices)
+        outputs = [
+            error_to_proto(request.start, choice, message, resumable=resumable) for choice in ended
+        ]
+        self._end_choices(request, ended)
+        self._streams.send(request.key.gateway_id, self._message(outputs))
+
+    def _message(
+        self, outputs: Collection[worker_pb2.SequenceOutput] = ()
+    ) -> worker_pb2.StepsResponse:
+        return worker_pb2.StepsResponse(
+            step=self._loop.num_steps,
+            outputs=outputs,
+            load=self.load(),
+            draining=self.draining,
         )
-        self._loop.wake()
-        return any(parts)
 
-    def _abort_all(self, gateway_ids: Collection[str]) -> None:
-        for key in [key for key in self._requests if key.gateway_id in gateway_ids]:
-            self._abort(key, frozenset())
+    def _on_message(self, gateway_id: str, message: worker_pb2.StepsRequest) -> None:
+        if not message.HasField("renewal"):
+            raise InvalidRequest("a hello is followed by renewals only", param="renewal")
+        self._requests.renew(gateway_id, message.renewal.request_ids)
 
     def _on_outcome(self, outcome: StepOutcome) -> None:
         by_gateway: dict[str, list[worker_pb2.SequenceOutput]] = {}
@@ -299,68 +340,41 @@ class Worker:
             if request is None or output.choice not in request.going_on:
                 self.engine.abort(output.key, frozenset((output.choice,)))
                 continue
-            if output.offset == 0 and not request.first_token_sent:
+            is_first = output.num_cached_tokens is not None
+            if is_first and not request.first_token_sent:
                 request.first_token_sent = True
                 self.metrics.observe_prefill(clock.now() - request.since)
                 request.since = clock.now()
             if output.finish is not None:
-                if output.offset > 0:
+                if not is_first:
                     self.metrics.observe_decode(clock.now() - request.since)
-                self._end_choice(request, output.choice)
+                self._end_choices(request, (output.choice,))
             message = output_to_proto(output)
             by_gateway.setdefault(output.key.gateway_id, []).append(message)
         for prefilled in outcome.prefilled:
-            wanting = self._requests.get(prefilled.sequence.key)
-            if wanting is None:
-                self.engine.release(prefilled.sequence)
-            else:
-                self._transfers.start(wanting, prefilled)
+            self._transfers.complete(prefilled)
         for gateway_id, outputs in by_gateway.items():
-            self._send(gateway_id, outputs)
+            self._streams.send(gateway_id, self._message(outputs))
 
     def _on_failed_step(self, sequences: list[Sequence], message: str) -> None:
         for sequence in sequences:
-            if not sequence.aborted and sequence.key in self._requests:
-                self._fail(self._requests[sequence.key], sequence.choices, message)
+            request = self._requests.get(sequence.key)
+            if request is not None and not sequence.aborted:
+                choices = request.going_on.intersection(sequence.choices)
+                self._fail(request, choices, message, resumable=True)
 
-    def _on_transfer_end(
-        self, request: WorkerRequest, prefilled: Prefilled, error: str | None
-    ) -> None:
-        choices = tuple(choice for choice, _ in prefilled.first_tokens)
+    def _on_transfer_end(self, request: WorkerRequest, error: str | None) -> None:
         if error is not None:
-            self._fail(request, choices, error)
-        else:
+            self._fail(request, request.going_on, error, resumable=True)
+        elif request in self._requests:
             self.metrics.observe_transfer(clock.now() - request.since)
-            for choice in choices:
-                self._end_choice(request, choice)
-        self._loop.wake()
+            self._end(request)
 
     def _on_commit(self, lease: Lease, first_tokens: list[tuple[int, int]]) -> None:
         request = self._reservations.commit(lease, first_tokens)
         request.since = clock.now()
-        for choice in request.going_on - {choice for choice, _ in first_tokens}:
-            self._end_choice(request, choice)
+        self._end_choices(request, request.going_on - {choice for choice, _ in first_tokens})
         self._loop.wake()
-
-    def _end_choice(self, request: WorkerRequest, choice: int) -> None:
-        request.going_on.discard(choice)
-        if not request.going_on and self._requests.get(request.key) is request:
-            del self._requests[request.key]
-
-    def _fail(self, request: WorkerRequest, choices: tuple[int, ...], message: str) -> None:
-        if self._requests.get(request.key) is not request:
-            return
-        key = request.key
-        outputs = [error_to_proto(key.request_id, request.attempt, c, message) for c in choices]
-        for choice in choices:
-            self._end_choice(request, choice)
-        self._send(key.gateway_id, outputs)
-
-    def _send(self, gateway_id: str, outputs: list[worker_pb2.SequenceOutput]) -> None:
-        message = worker_pb2.StepsResponse(
-            step=self._loop.num_steps, outputs=outputs, load=self.load()
-        )
-        self._streams.send(gateway_id, message)
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -368,15 +382,18 @@ class Worker:
             self._sweep()
 
     def _sweep(self) -> None:
-        for request in self._reservations.expire():
-            self._fail(request, tuple(sorted(request.going_on)), "the KV did not arrive in time")
-            self._loop.wake()
-        for request in [r for r in self._requests.values() if r.deadline.expired]:
-            choices = tuple(sorted(request.going_on))
-            self._fail(request, choices, "the request's deadline passed")
-            self._abort(request.key, frozenset())
-        forgotten = clock.now() - ABORT_MEMORY_S
-        for key in [key for key, (_, since) in self._aborted.items() if since <= forgotten]:
-            del self._aborted[key]
-        gone = self._streams.expire(clock.now() - self._settings.gateway_grace_s)
-        self._abort_all(gone)
+        try:
+            self.check_health()
+        except InternalError as error:
+            self._streams.close(error.message)
+        self._transfers.sweep()
+        for request in self._requests.expired():
+            if request.deadline.expired:
+                message, resumable = "the request's deadline passed", False
+            else:
+                message, resumable = "its lease ran out", True
+                self._requests.num_expired += 1
+            self._fail(request, request.going_on, message, resumable=resumable)
+        self._requests.forget_aborts()
+        self._end_all(self._streams.expire(clock.now() - self._settings.gateway_grace_s))
+        self._streams.send_signs_of_life()

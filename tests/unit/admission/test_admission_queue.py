@@ -280,3 +280,59 @@ def test_nobody_is_forgotten(seed: int) -> None:
         assert all(isinstance(end, str | asyncio.CancelledError) for end in ends)
 
     loop.run(main())
+
+
+def test_urgent_ones_come_first_in_their_own_order() -> None:
+    async def main() -> None:
+        queue, places = AdmissionQueue(2), Places(0)
+        tasks = [wait_in_line(queue, places, name) for name in ("a", "b")]
+        await settled()
+        for name in ("x", "y"):  # the line is full, but not for them
+            admitted = queue.admit(places.attempt(name), limit(), urgent=True)
+            tasks.append(asyncio.create_task(admitted))
+            await settled()
+        with pytest.raises(Overloaded):
+            await queue.admit(places.attempt("c"), limit())
+        for _ in tasks:
+            places.num_free = 1
+            queue.notify()
+            await settled()
+        await asyncio.gather(*tasks)
+        assert places.taken == ["x", "y", "a", "b"]
+
+    loop.run(main())
+
+
+def test_an_urgent_one_that_leaves_gives_its_place_back() -> None:
+    async def main() -> None:
+        queue, places = AdmissionQueue(8), Places(0)
+        first = wait_in_line(queue, places, "a")
+        await settled()
+        urgent = asyncio.create_task(queue.admit(places.attempt("x"), limit(), urgent=True))
+        await settled()
+        urgent.cancel()
+        await settled()
+        later = wait_in_line(queue, places, "b")
+        await settled()
+        places.num_free = 2
+        queue.notify()
+        await asyncio.gather(first, later)
+        assert places.taken == ["a", "b"]
+
+    loop.run(main())
+
+
+def test_a_first_one_that_is_overtaken_as_it_is_woken_waits_again() -> None:
+    async def main() -> None:
+        queue, places = AdmissionQueue(8), Places(0)
+        first = wait_in_line(queue, places, "a")
+        await settled()
+        urgent = asyncio.create_task(queue.admit(places.attempt("x"), limit(), urgent=True))
+        queue.notify()
+        await settled()
+        places.num_free = 2
+        queue.notify()
+        await asyncio.gather(first, urgent)
+        assert places.taken == ["x", "a"]
+
+    loop.run(main())

@@ -11,6 +11,7 @@ from forebay.core import settings
 from forebay.core.errors import ConfigurationError
 from forebay.core.roles import WorkerRole
 from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSettings, load
+from forebay.rpc.grpc_connector import MAX_MESSAGE_BYTES
 
 PREFIXES: dict[type[Any], str] = {
     EngineSettings: "FOREBAY_ENGINE_",
@@ -136,3 +137,29 @@ def test_what_must_be_one_or_more(name: str) -> None:
     with pytest.raises(ConfigurationError, match=variable):
         settings.load(settings.EngineSettings, {variable: "0"})
     assert getattr(settings.load(settings.EngineSettings, {variable: "1"}), name) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (WorkerSettings, "heartbeat_s"),
+        (WorkerSettings, "lease_s"),
+        (WorkerSettings, "registry_ttl_s"),
+        (WorkerSettings, "step_timeout_s"),
+        (GatewaySettings, "registry_poll_s"),
+        (GatewaySettings, "keep_alive_s"),
+        (GatewaySettings, "worker_silence_s"),
+    ],
+)
+def test_a_period_of_nothing_is_refused(group: type[Any], name: str) -> None:
+    variable = PREFIXES[group] + name.upper()
+    with pytest.raises(ConfigurationError, match=f"{variable}: must be more than 0"):
+        load(group, {variable: "0"})
+    assert getattr(load(group, {variable: "0.1"}), name) == 0.1
+
+
+def test_a_frame_is_no_larger_than_a_message_may_be() -> None:
+    variable = "FOREBAY_WORKER_KV_FRAME_KIB"
+    assert load(WorkerSettings, {variable: "32768"}).kv_frame_kib * 1024 < MAX_MESSAGE_BYTES
+    with pytest.raises(ConfigurationError, match=f"{variable}: must be at most 32768"):
+        load(WorkerSettings, {variable: "32769"})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine, Prefilled, StepOutcome
 from forebay.engine.profile import StepProfile
-from forebay.engine.sequence import RequestKey
+from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.engine.sim import SimRunner
 from forebay.kv.block_hash import HashChain, cache_root
 from forebay.kv.block_pool import OutOfBlocks
@@ -41,32 +41,55 @@ def sim_engine(
 
 @dataclass
 class Job:
+    """`choices` and `generated`: of a job that goes on where another run of it was left."""
+
     name: str
     prompt: list[int]
     params: SamplingParams
+    choices: tuple[int, ...] = ()
+    generated: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> RequestKey:
         return RequestKey("gateway", self.name)
 
+    @property
+    def start(self) -> SequenceStart:
+        return SequenceStart(
+            key=self.key,
+            attempt=1,
+            tokens=(*self.prompt, *self.generated),
+            num_prompt_tokens=len(self.prompt),
+            params=self.params,
+            choices=self.choices or tuple(range(self.params.n)),
+            cache_root=ROOT,
+        )
+
+    def resumed(self, choice: int, generated: list[int]) -> Job:
+        return Job(f"{self.name}.{choice}", self.prompt, self.params, (choice,), generated)
+
 
 @dataclass
 class Answers:
-    """Tokens by (request, choice), checked to come in order and to end once."""
+    """Tokens by (request, choice), checked to come in order and to end once. `given`: by request,
+    what was generated before."""
 
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     ended: set[tuple[str, int]] = field(default_factory=set)
     prefilled: list[Prefilled] = field(default_factory=list)
     cached: dict[str, int] = field(default_factory=dict)
+    given: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, outcome: StepOutcome) -> None:
         for output in outcome.outputs:
             choice = (output.key.request_id, output.choice)
-            tokens = self.tokens.setdefault(choice, [])
+            given = self.given.get(output.key.request_id, [])
+            tokens = self.tokens.setdefault(choice, list(given))
             assert choice not in self.ended
             assert output.offset == len(tokens)
+            assert (output.num_cached_tokens is None) == (len(tokens) > len(given))
             tokens.append(output.token.token_id)
-            if output.offset == 0:
+            if output.num_cached_tokens is not None:
                 self.cached[output.key.request_id] = output.num_cached_tokens
             if output.finish is not None:
                 self.ended.add(choice)
@@ -74,7 +97,7 @@ class Answers:
 
 
 def submit(engine: Engine, job: Job, *, prefill_only: bool = False) -> None:
-    engine.submit(job.key, 1, job.prompt, job.params, ROOT, prefill_only=prefill_only)
+    engine.submit(job.start, prefill_only=prefill_only)
 
 
 def step(engine: Engine, answers: Answers) -> bool:
@@ -96,7 +119,11 @@ def alone(job: Job) -> dict[tuple[str, int], list[int]]:
     """The answer of an undisturbed run in a big pool, whole prompt in one step."""
     engine = sim_engine(1024, max_batch_tokens=4096)
     submit(engine, job)
-    return run_out(engine, Answers()).tokens
+    return run_out(engine, answers_to(job)).tokens
+
+
+def answers_to(*jobs: Job) -> Answers:
+    return Answers(given={job.name: job.generated for job in jobs})
 
 
 def all_blocks_back(engine: Engine) -> bool:
@@ -108,22 +135,15 @@ def adopt_from(
     source: Engine, prefilled: Prefilled, target: Engine, leases: LeaseTable, job: Job
 ) -> bool:
     """Moves a computed prompt between engines as a KV transfer would; False without room."""
-    hashes = HashChain(ROOT, target.pool.block_size).upto(job.prompt)
+    tokens = job.start.tokens
+    hashes = HashChain(ROOT, target.pool.block_size).upto(tokens)
     try:
-        lease = leases.grant(job.name, job.key, hashes, len(job.prompt), 1.0)
+        lease = leases.grant(job.name, job.key, hashes, len(tokens))
     except OutOfBlocks:
         return False
     start = lease.num_cached_tokens
-    part = (start, len(job.prompt) - start, 0, source.runner.kv_layout.num_layers)
+    part = (start, len(tokens) - start, 0, source.runner.kv_layout.num_layers)
     payload = source.runner.export_kv(prefilled.sequence.block_table, *part)
     target.runner.import_kv(lease.block_table, *part, memoryview(payload))
-    target.adopt(
-        job.key,
-        1,
-        job.prompt,
-        job.params,
-        ROOT,
-        leases.take(lease),
-        list(prefilled.first_tokens),
-    )
+    target.adopt(job.start, leases.take(lease), list(prefilled.first_tokens))
     return True

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sim_engines import (
     Answers,
@@ -7,6 +9,7 @@ from sim_engines import (
     adopt_from,
     all_blocks_back,
     alone,
+    answers_to,
     run_out,
     sim_engine,
     step,
@@ -88,8 +91,8 @@ def test_other_roots_share_nothing() -> None:
     one = job("a", 12)
     submit(engine, one)
     run_out(engine, answers)
-    other = bytes(16)
-    engine.submit(RequestKey("g", "b"), 1, one.prompt, one.params, other, prefill_only=False)
+    other = replace(one.start, key=RequestKey("g", "b"), cache_root=bytes(16))
+    engine.submit(other, prefill_only=False)
     run_out(engine, answers)
     assert answers.cached["b"] == 0
 
@@ -235,6 +238,84 @@ def test_kv_that_is_lost_changes_the_answer() -> None:
     table = engine.sequences(one.key)[0].block_table
     engine.runner.import_kv(table, 2, 1, 1, 1, memoryview(bytes(8)))
     assert run_out(engine, answers).tokens != alone(one)
+
+
+STOPPING = SamplingParams(n=2, seed=11, max_tokens=40, stop_token_ids=(257,))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.mark.parametrize("transferred", [False, True])
+@pytest.mark.parametrize("params", [LONG, GREEDY, STOPPING])
+def test_an_answer_goes_on_from_any_of_its_tokens(
+    params: SamplingParams, transferred: bool
+) -> None:
+    whole = job("a", 6, params)
+    for (_, choice), tokens in alone(whole).items():
+        for cut in range(1, len(tokens)):
+            rest = whole.resumed(choice, tokens[:cut])
+            engine, answers = sim_engine(32), answers_to(rest)
+            submit(engine, rest, prefill_only=transferred)
+            run_out(engine, answers)
+            for prefilled in answers.prefilled:
+                target = sim_engine(32)
+                leases = LeaseTable(target.pool, "epoch")
+                assert adopt_from(engine, prefilled, target, leases, rest)
+                engine.release(prefilled.sequence)
+                run_out(target, answers)
+                assert all_blocks_back(target)
+            assert answers.tokens == {(rest.name, choice): tokens}
+            assert answers.ended == {(rest.name, choice)}
+            assert all_blocks_back(engine)
+
+
+def test_generated_tokens_are_cached_and_counted_like_a_prompt() -> None:
+    whole = job("a", 6)
+    (tokens,) = alone(whole).values()
+    engine, rest = sim_engine(32), whole.resumed(0, tokens[:8])
+    answers = answers_to(rest)
+    submit(engine, whole)
+    run_out(engine, answers)
+    submit(engine, rest)
+    run_out(engine, answers)
+    assert answers.cached == {"a": 0, "a.0": 12}
+    counters = engine.counters
+    assert (counters.prefix_cache_queries, counters.prefix_cache_hits) == (6 + 14, 12)
+    assert counters.prompt_tokens == 6 + 14
+    assert counters.generation_tokens == len(tokens) + len(tokens) - 8
+
+
+def test_a_resumed_answer_survives_preemption() -> None:
+    whole = job("new", 8, first=100)
+    (tokens,) = alone(whole).values()
+    old, rest = job("old", 8), whole.resumed(0, tokens[:5])
+    engine, answers = sim_engine(8, max_batch_tokens=32), answers_to(rest)
+    submit(engine, old)
+    submit(engine, rest)
+    run_out(engine, answers)
+    assert engine.num_preemptions > 0
+    assert answers.tokens == alone(old) | {("new.0", 0): tokens}
+
+
+def test_only_the_choices_asked_for_are_sampled() -> None:
+    three = job("a", 5, SamplingParams(n=3, seed=5, max_tokens=6))
+    engine = sim_engine(32)
+    submit(engine, replace(three, choices=(0, 2)))
+    answers = run_out(engine, Answers())
+    expected = alone(three)
+    assert answers.tokens == {choice: expected[choice] for choice in (("a", 0), ("a", 2))}
+    assert engine.counters.prompt_tokens == 5
+
+
+def test_the_sequences_in_step_are_those_of_the_batch() -> None:
+    engine = sim_engine(32)
+    for i, name in enumerate("abc"):
+        submit(engine, job(name, 4, first=40 * i))
+    assert engine.in_step == []
+    batch = engine.begin_step()
+    assert batch is not None
+    assert [sequence.tokens for sequence in engine.in_step] == [s.tokens for s in batch.sequences]
+    engine.end_step(batch, engine.runner.run(batch))
+    assert engine.in_step == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from sim_engines import (
     adopt_from,
     all_blocks_back,
     alone,
+    answers_to,
     run_out,
     sim_engine,
     submit,
@@ -79,8 +80,20 @@ class Play:
             stop_token_ids=(257,),
         )
         job = Job(f"job-{len(self.jobs)}", shared + own, params)
+        if self.random.random() < 0.3:
+            job = self._left_elsewhere(job)
         self.jobs.append(job)
+        self.answers.given[job.name] = job.generated
         return job
+
+    def _left_elsewhere(self, job: Job) -> Job:
+        """One choice of `job`, to go on with after some of its tokens; or `job`, when all of its
+        choices have ended with their first."""
+        whole = {choice: tokens for (_, choice), tokens in alone(job).items() if len(tokens) > 1}
+        if not whole:
+            return job
+        choice = self.random.choice(sorted(whole))
+        return job.resumed(choice, whole[choice][: self.random.randrange(1, len(whole[choice]))])
 
     def _submit(self) -> None:
         submit(self.engine, self._job())
@@ -88,7 +101,7 @@ class Play:
     def _adopt(self) -> None:
         job = self._job()
         submit(self.prefill, job, prefill_only=True)
-        first = run_out(self.prefill, Answers())
+        first = run_out(self.prefill, answers_to(job))
         moved = True
         if first.prefilled:
             moved = adopt_from(self.prefill, first.prefilled[0], self.engine, self.leases, job)
@@ -103,7 +116,7 @@ class Play:
         if not self.jobs:
             return
         job = self.random.choice(self.jobs[-6:])
-        choice = self.random.randrange(job.params.n)
+        choice = self.random.choice(job.start.choices)
         if self.random.random() < 0.5:
             self.engine.abort(job.key)
             self.disturbed.add(job.name)

@@ -30,7 +30,7 @@ from forebay.core.errors import (
     ModelFileError,
 )
 from forebay.core.sampling import SamplingParams
-from forebay.engine.interface import Batch, StepResult
+from forebay.engine.interface import Batch, ScheduledSequence, StepResult
 from forebay.rpc.v1 import worker_pb2
 from forebay.text.spec import TokenizerSpec
 
@@ -301,3 +301,33 @@ def test_the_same_batch_gives_the_same_tokens_twice(folder: Path) -> None:
         runs.append(stream.generated)
     assert runs[0] == runs[1]
     assert len(set(runs[0])) > 5
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 1000])
+def test_a_layers_kv_is_whole_when_its_hook_is_called(folder: Path, chunk: int) -> None:
+    """Read in the hook, it is what lies there in the end, and the answer stays the same."""
+    tokens = random_tokens(40, seed=9)
+    table = shuffled_table(10, of=64, seed=3)
+    plain, hooked = (load_tiny(folder, block_size=4) for _ in range(2))
+    num_layers = plain.kv_layout.num_layers
+    expected = Stream(list(tokens), table)
+    advance(plain, expected, steps=-(-40 // chunk), chunk=chunk)
+    stream = Stream(list(tokens), table)
+    layers: list[int] = []
+    while not stream.generated:
+        batch = Batch((stream.next(chunk),))
+
+        def on_layer(layer: int, item: ScheduledSequence = batch.sequences[0]) -> None:
+            layers.append(layer)
+            part = (table, item.start, item.num_tokens, layer, 1)
+            assert hooked.export_kv(*part) == plain.export_kv(*part)
+
+        stream.take(hooked.run(batch, on_layer).tokens[0])
+    assert layers == list(range(num_layers)) * -(-40 // chunk)
+    assert stream.generated == expected.generated
+
+
+def test_a_batch_of_copies_alone_calls_no_hook(folder: Path) -> None:
+    calls: list[int] = []
+    load_tiny(folder).run(Batch((), ((1, 2),)), calls.append)
+    assert calls == []

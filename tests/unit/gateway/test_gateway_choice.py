@@ -58,7 +58,7 @@ def test_order_and_repetition_change_nothing(order: list[int], again: list[int])
     assert text_of(events) == "forebay!"
     assert ends_of(events) == [FinishReason.LENGTH]
     assert isinstance(events[-1], ChoiceEnd)
-    assert choice.num_tokens == 8
+    assert len(choice.token_ids) == 8
     assert sum(len(e.tokens) for e in events if isinstance(e, Chunk)) == 8
 
 
@@ -68,21 +68,21 @@ def test_what_comes_early_waits() -> None:
     assert choice.accept(output(2, b"c")) == []
     assert text_of(choice.accept(output(0, b"a"))) == "abc"
     assert choice.accept(output(1, b"b")) == []
-    assert choice.num_tokens == 3
+    assert len(choice.token_ids) == 3
 
 
 def test_several_tokens_in_one_output() -> None:
     choice = choice_of()
     events = fed(choice, [output(3, b"de", FinishReason.LENGTH), output(0, b"abc")])
     assert text_of(events) == "abcde"
-    assert choice.num_tokens == 5
+    assert len(choice.token_ids) == 5
 
 
 def test_nothing_comes_after_the_end() -> None:
     choice = choice_of()
     fed(choice, letters(b"ab", FinishReason.LENGTH))
     assert fed(choice, [output(2, b"c"), output(3, b"d", FinishReason.STOP)]) == []
-    assert choice.num_tokens == 2
+    assert len(choice.token_ids) == 2
 
 
 def test_the_end_token_counts_and_is_not_shown() -> None:
@@ -90,7 +90,7 @@ def test_the_end_token_counts_and_is_not_shown() -> None:
     events = fed(choice, [output(0, b"a"), output(1, [EOS], FinishReason.STOP)])
     assert text_of(events) == "a"
     assert ends_of(events) == [FinishReason.STOP]
-    assert choice.num_tokens == 2
+    assert len(choice.token_ids) == 2
     assert not choice.stopped_here
 
 
@@ -111,7 +111,7 @@ def test_a_stop_string_split_over_tokens_never_shows(cuts: int) -> None:
     assert text_of(events) == "one "
     assert ends_of(events) == [FinishReason.STOP]
     assert choice.stopped_here
-    assert choice.num_tokens == text.index(b"P") + 1
+    assert len(choice.token_ids) == text.index(b"P") + 1
 
 
 def test_what_began_like_a_stop_string_is_flushed_at_the_end() -> None:
@@ -166,3 +166,12 @@ def test_logprobs_stay_with_their_tokens() -> None:
         (97, -0.5, ((97, -0.5),)),
         (98, -1.5, ((98, -1.5),)),
     ]
+
+
+def test_what_came_too_early_is_forgotten_when_another_leg_goes_on() -> None:
+    choice = choice_of()
+    assert choice.accept(output(1, b"X")) == []
+    choice.resume()
+    events = fed(choice, letters(b"ab", FinishReason.LENGTH))
+    assert text_of(events) == "ab"
+    assert choice.token_ids == list(b"ab")

@@ -36,7 +36,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.held: list[list[int]] = []
         self.writing: list[Lease] = []
         self.num_granted = 0
-        self.now = 0.0
+        self.granted: list[Lease] = []
 
     @rule(target=tables, prompt=prompts)
     def start(self, prompt: list[int]) -> list[int]:
@@ -71,8 +71,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.held = [other for other in self.held if other is not table]
             self.pool.release(table, Holder.SEQUENCE)
 
-    @rule(target=leases, prompt=prompts, lifetime=st.integers(1, 5))
-    def grant(self, prompt: list[int], lifetime: int) -> Lease | None:
+    @rule(target=leases, prompt=prompts)
+    def grant(self, prompt: list[int]) -> Lease | None:
         self.num_granted += 1
         before = self.pool.counts()
         try:
@@ -81,11 +81,11 @@ class PoolMachine(RuleBasedStateMachine):
                 self.num_granted,
                 hashes(prompt),
                 len(prompt),
-                self.now + lifetime,
             )
         except OutOfBlocks:
             assert self.pool.counts() == before
             return None
+        self.granted.append(lease)
         assert len(lease.block_table) == self.pool.blocks_for(len(prompt))
         assert lease.num_cached_tokens <= len(prompt)
         return lease
@@ -118,12 +118,6 @@ class PoolMachine(RuleBasedStateMachine):
         return table
 
     @rule()
-    def expire(self) -> None:
-        self.now += 1
-        for lease in self.leased.expire(self.now):
-            assert lease.expires_at <= self.now
-
-    @rule()
     def fill_up(self) -> None:
         """Allocation of all that is available evicts the cache and never touches a held block."""
         blocks = self.pool.allocate(self.pool.num_available, Holder.SEQUENCE)
@@ -152,7 +146,9 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.writing:
             self.leased.end_write(self.writing.pop())
-        self.leased.expire(float("inf"))
+        for lease in self.granted:
+            if not lease.ended:
+                self.leased.release(lease)
         for table in self.held:
             self.pool.release(table, Holder.SEQUENCE)
         self.pool.check_integrity()

@@ -20,7 +20,7 @@ def leases(pool: BlockPool) -> LeaseTable:
 def test_blocks_of_a_released_lease_wait_for_the_write_under_way(
     pool: BlockPool, leases: LeaseTable
 ) -> None:
-    lease = leases.grant("a", "owner", [], 6, expires_at=10)
+    lease = leases.grant("a", "owner", [], 6)
     leases.begin_write(lease)
     leases.begin_write(lease)
     leases.release(lease)
@@ -34,19 +34,8 @@ def test_blocks_of_a_released_lease_wait_for_the_write_under_way(
     leases.check_integrity()
 
 
-def test_expiry_quarantines_too(pool: BlockPool, leases: LeaseTable) -> None:
-    lease = leases.grant("a", "owner", [], 2, expires_at=10)
-    leases.begin_write(lease)
-    assert leases.expire(9.9) == []
-    assert leases.expire(10) == [lease]
-    assert pool.counts().quarantined == 1
-    assert leases.num_expired == 1
-    leases.end_write(lease)
-    assert pool.counts().free == 4
-
-
 def test_a_lease_of_another_life_is_void(leases: LeaseTable) -> None:
-    lease = leases.grant("a", "owner", [], 2, expires_at=10)
+    lease = leases.grant("a", "owner", [], 2)
     assert leases.get("a", "epoch") is lease
     for lease_id, epoch in (("a", "other"), ("b", "epoch"), ("", "")):
         with pytest.raises(KvTransferError, match="no lease"):
@@ -58,7 +47,7 @@ def test_a_failed_grant_holds_nothing(pool: BlockPool, leases: LeaseTable) -> No
     pool.register(block, b"h" * 16)
     pool.release([block], Holder.SEQUENCE)
     with pytest.raises(OutOfBlocks):
-        leases.grant("a", "owner", [b"h" * 16], 10, expires_at=10)
+        leases.grant("a", "owner", [b"h" * 16], 10)
     counts = pool.counts()
     assert (counts.cached, counts.free, counts.leased) == (1, 3, 0)
 
@@ -67,7 +56,7 @@ def test_cached_blocks_lead_the_table(pool: BlockPool, leases: LeaseTable) -> No
     (block,) = pool.allocate(1, Holder.SEQUENCE)
     pool.register(block, b"h" * 16)
     pool.release([block], Holder.SEQUENCE)
-    lease = leases.grant("a", "owner", [b"h" * 16, b"i" * 16], 5, expires_at=10)
+    lease = leases.grant("a", "owner", [b"h" * 16, b"i" * 16], 5)
     assert lease.block_table[0] == block
     assert (lease.num_cached_tokens, len(lease.block_table)) == (2, 3)
     assert leases.take(lease) == lease.block_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from forebay.core.clock import Deadline
@@ -9,7 +10,7 @@ from forebay.core.executor import Executor, InlineExecutor
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine, Prefilled
 from forebay.engine.profile import StepProfile
-from forebay.engine.sequence import RequestKey
+from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.engine.sim import SimRunner
 from forebay.kv.block_hash import cache_root
 from forebay.kv.leases import Lease, LeaseTable
@@ -18,10 +19,23 @@ from forebay.worker.transfer import KvReceiver, KvSender
 
 ROOT = cache_root(b"salt", "sim")
 KEY = RequestKey("gateway", "request")
+VERSION = 2
 Messages = list[bytes]
 
 
-def sim_engine(num_blocks: int = 32, block_size: int = 4) -> Engine:
+def start_of(tokens: list[int], params: SamplingParams, key: RequestKey = KEY) -> SequenceStart:
+    return SequenceStart(
+        key=key,
+        attempt=1,
+        tokens=tuple(tokens),
+        num_prompt_tokens=len(tokens),
+        params=params,
+        choices=tuple(range(params.n)),
+        cache_root=ROOT,
+    )
+
+
+def sim_engine(num_blocks: int = 32, block_size: int = 4, max_batch_tokens: int = 64) -> Engine:
     runner = SimRunner(
         model_id="sim",
         block_size=block_size,
@@ -31,12 +45,19 @@ def sim_engine(num_blocks: int = 32, block_size: int = 4) -> Engine:
         time_scale=0.0,
         mean_output_tokens=64,
     )
-    return Engine(runner, max_batch_tokens=64, max_num_seqs=8)
+    return Engine(runner, max_batch_tokens=max_batch_tokens, max_num_seqs=8)
+
+
+async def as_iterator(messages: Messages) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
 
 
 class KvPair:
-    """`alter` may change the list of messages before they are received; `before_message` is called
-    with each one's number."""
+    """A prompt computed in `source`, and blocks leased for it in `target`.
+
+    `alter`, if set, may change the list of all messages before any is received; `before_message` is
+    called with each one's number."""
 
     def __init__(
         self,
@@ -51,25 +72,28 @@ class KvPair:
         self.source, self.target = sim_engine(), sim_engine()
         self.leases = LeaseTable(self.target.pool, "epoch")
         self.commits: list[tuple[Lease, list[tuple[int, int]]]] = []
-        self.alter: Callable[[Messages], Messages] = lambda messages: messages
+        self.alter: Callable[[Messages], Messages] | None = None
         self.before_message: Callable[[int], None] = lambda number: None
-        self.sender = KvSender(self.source.runner, InlineExecutor(), self, max_frame_bytes)
+        self.sender = KvSender(self.source.runner, InlineExecutor(), self, max_frame_bytes, VERSION)
         self.receiver = KvReceiver(
-            self.target.runner, executor or InlineExecutor(), self.leases, self._commit
+            self.target.runner, executor or InlineExecutor(), self.leases, self._commit, VERSION
         )
         self.prefilled = self._prefill()
-        self.lease = self.leases.grant("lease", KEY, [], num_prompt_tokens, 10.0)
+        self.lease = self.leases.grant("lease", KEY, [], num_prompt_tokens)
 
     async def push(
         self, address: str, messages: AsyncIterator[bytes], deadline: Deadline
     ) -> kv_transfer_pb2.PushResponse:
         """Implements `KvTransport`."""
-        sent = self.alter([message async for message in messages])
+        if self.alter is not None:
+            messages = as_iterator(self.alter([message async for message in messages]))
 
         async def arriving() -> AsyncIterator[bytes]:
-            for number, message in enumerate(sent):
+            number = 0
+            async for message in messages:
                 self.before_message(number)
                 yield message
+                number += 1
 
         return await self.receiver.push(arriving())
 
@@ -77,23 +101,19 @@ class KvPair:
         where = worker_pb2.TransferTarget(lease_id="lease", epoch="epoch")
         for name, value in target.items():
             setattr(where, name, value)
-        await self.sender.push(self.prefilled, where, Deadline.after(10))
+        push = self.sender.open(self.prefilled.sequence, where)
+        push.complete(self.prefilled.first_tokens)
+        await self.sender.send(push, Deadline.after(10))
 
     async def messages(self) -> Messages:
         """What a transfer sends, received by nobody."""
-        caught: Messages = []
-
-        def catch(messages: Messages) -> Messages:
-            caught.extend(messages)
-            return messages[:0]
-
-        before, self.alter = self.alter, catch
-        try:
-            await self.transfer()
-        except Exception:
-            self.receiver.num_failures -= 1
-        self.alter = before
-        return caught
+        where = worker_pb2.TransferTarget(lease_id="lease", epoch="epoch")
+        push = self.sender.open(self.prefilled.sequence, where)
+        push.complete(self.prefilled.first_tokens)
+        reading = asyncio.create_task(push.read_between_steps())
+        messages = [message async for message in push]
+        await reading
+        return messages
 
     def kv_of(self, engine: Engine, table: list[int]) -> bytes:
         layers = engine.runner.kv_layout.num_layers
@@ -104,7 +124,7 @@ class KvPair:
         return self.kv_of(self.target, self.lease.block_table) == self.kv_of(self.source, table)
 
     def _prefill(self) -> Prefilled:
-        self.source.submit(KEY, 1, self.prompt, self.params, ROOT, prefill_only=True)
+        self.source.submit(start_of(self.prompt, self.params), prefill_only=True)
         batch = self.source.begin_step()
         assert batch is not None
         outcome = self.source.end_step(batch, self.source.runner.run(batch))

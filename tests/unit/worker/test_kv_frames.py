@@ -13,6 +13,7 @@ from forebay.core.errors import KvTransferError
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.frames import (
     Frame,
+    chained,
     decode_message,
     encode_commit,
     encode_frame,
@@ -31,6 +32,7 @@ HEADER = kv_transfer_pb2.KvFrameHeader(
     token_start=16,
     num_tokens=5,
     crc32c=0xDEADBEEF,
+    protocol_version=2,
 )
 COMMIT = kv_transfer_pb2.KvCommit(
     lease_id="lease-1",
@@ -136,3 +138,9 @@ def test_a_plan_covers_everything_once_in_order(
             assert next_token[layer] == part.token_start
             next_token[layer] += part.num_tokens
     assert next_token == [token_start + num_tokens] * num_layers
+
+
+def test_a_chain_depends_on_every_value_and_their_order() -> None:
+    assert chained(0, 1, 2) == chained(chained(0, 1), 2) == crc32c(b"\1\0\0\0\2\0\0\0")
+    assert len({chained(0, 0), chained(0, 0, 0), chained(0, 1, 2), chained(0, 2, 1)}) == 4
+    assert chained(7) == 7

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from kv_pairs import KvPair, Messages
+from kv_pairs import KvPair, Messages, as_iterator
 
 from forebay.core.errors import KvTransferError
 from forebay.core.executor import InlineExecutor
@@ -44,14 +44,16 @@ def committed(**values: object) -> Callable[[Messages], Messages]:
     return alter
 
 
-def refused(pair: KvPair, match: str | None = None, **target: object) -> None:
+def refused(
+    pair: KvPair, match: str | None = None, num_failures: int = 1, **target: object
+) -> None:
     async def main() -> None:
         with pytest.raises(KvTransferError, match=match):
             await pair.transfer(**target)
 
     loop.run(main())
     assert pair.commits == []
-    assert pair.receiver.num_failures == 1
+    assert pair.receiver.num_failures == num_failures
     assert pair.sender.num_bytes == 0
     pair.leases.check_integrity()
     pair.target.pool.check_integrity()
@@ -73,7 +75,7 @@ def test_what_the_receiver_holds_is_not_sent() -> None:
     pair.leases.release(pair.lease)
     (block,) = pair.target.pool.allocate(1, Holder.SEQUENCE)
     pair.target.pool.register(block, b"h" * 16)
-    lease = pair.leases.grant("other", "owner", [b"h" * 16], 13, 10.0)
+    lease = pair.leases.grant("other", "owner", [b"h" * 16], 13)
     assert lease.num_cached_tokens == 4
     loop.run(pair.transfer(lease_id="other", start_token=4))
     assert [lease for lease, _ in pair.commits] == [lease]
@@ -85,7 +87,7 @@ def test_a_prompt_that_is_cached_whole_is_a_commit_alone() -> None:
     pair.leases.release(pair.lease)
     (block,) = pair.target.pool.allocate(1, Holder.SEQUENCE)
     pair.target.pool.register(block, b"h" * 16)
-    lease = pair.leases.grant("other", "owner", [b"h" * 16], 4, 10.0)
+    lease = pair.leases.grant("other", "owner", [b"h" * 16], 4)
     loop.run(pair.transfer(lease_id="other", start_token=4))
     assert [lease for lease, _ in pair.commits] == [lease]
     assert pair.sender.num_bytes == 0
@@ -102,17 +104,18 @@ def test_a_sender_that_skips_tokens_is_refused(start_token: int) -> None:
         pytest.param(lambda m: m[:1] + m[2:], id="lost frame"),
         pytest.param(lambda m: m[:-2] + m[-1:], id="last frame lost"),
         pytest.param(lambda m: m[-1:], id="all frames lost"),
-        pytest.param(lambda m: [*m[:2], m[1], *m[2:]], id="duplicated frame"),
+        pytest.param(lambda m: [*m[2:], *m[:2]], id="first frames last"),
         pytest.param(lambda m: [m[1], m[0], *m[2:]], id="reordered frames"),
         pytest.param(lambda m: [m[-1], *m[:-1]], id="commit first"),
-        pytest.param(lambda m: m[:-1], id="commit missing"),
-        pytest.param(lambda m: [], id="nothing at all"),
         pytest.param(lambda m: [m[0][:-1], *m[1:]], id="truncated frame"),
         pytest.param(lambda m: [*m[:-1], m[-1][:-1]], id="truncated commit"),
         pytest.param(lambda m: [m[0][:-1] + bytes([m[0][-1] ^ 1]), *m[1:]], id="corrupt payload"),
         pytest.param(edited(lambda h: setattr(h, "lease_id", "other")), id="another lease"),
         pytest.param(edited(lambda h: setattr(h, "epoch", "other")), id="another life"),
-        pytest.param(edited(lambda h: setattr(h, "frame", 0)), id="frame number"),
+        pytest.param(edited(lambda h: setattr(h, "frame", 0)), id="frame passed off as another"),
+        pytest.param(edited(lambda h: setattr(h, "frame", 2)), id="frame too early"),
+        pytest.param(edited(lambda h: setattr(h, "protocol_version", 1)), id="older protocol"),
+        pytest.param(edited(lambda h: setattr(h, "protocol_version", 3)), id="newer protocol"),
         pytest.param(edited(lambda h: setattr(h.layout, "block_size", 8)), id="layout"),
         pytest.param(edited(lambda h: h.ClearField("layout")), id="no layout"),
         pytest.param(edited(lambda h: setattr(h, "codec", 0)), id="codec"),
@@ -141,6 +144,38 @@ def test_anything_else_is_refused(alter: Callable[[Messages], Messages]) -> None
     pair.alter = alter
     refused(pair)
     assert len(pair.leases) == 1
+
+
+@pytest.mark.parametrize("num_messages", [0, 1, 2])
+def test_messages_that_end_too_early_are_the_senders_failure(num_messages: int) -> None:
+    pair = KvPair()
+    pair.alter = lambda messages: messages[:num_messages]
+    refused(pair, match="without a commit", num_failures=0)
+    assert len(pair.leases) == 1
+
+
+@pytest.mark.parametrize("again", [[0], [1], [0, 0, 1], [2, 1, 0]])
+def test_frames_that_came_already_are_skipped(again: list[int]) -> None:
+    """A late duplicate is not even looked into: what it would write is never written."""
+    pair = KvPair()
+
+    def alter(messages: Messages) -> Messages:
+        corrupt = [messages[i][:-1] + bytes([messages[i][-1] ^ 1]) for i in again]
+        return [*messages[:3], *corrupt, *messages[3:]]
+
+    pair.alter = alter
+    loop.run(pair.transfer())
+    assert pair.receiver.num_duplicates == len(again)
+    assert pair.receiver.num_bytes == 13 * 4 * 8
+    assert len(pair.commits) == 1
+    assert pair.arrived_whole()
+
+
+def test_a_duplicate_for_a_lease_that_has_ended_is_refused() -> None:
+    pair = KvPair()
+    pair.alter = lambda messages: [*messages[:2], messages[1], *messages[2:]]
+    pair.before_message = lambda number: pair.leases.release(pair.lease) if number == 2 else None
+    refused(pair, match="no lease")
 
 
 def test_a_commit_without_first_tokens_is_refused() -> None:
@@ -197,7 +232,7 @@ def test_a_refused_transfer_may_be_sent_again() -> None:
     async def main() -> None:
         with pytest.raises(KvTransferError):
             await pair.transfer()
-        pair.alter = lambda messages: messages
+        pair.alter = None
         await pair.transfer()
 
     loop.run(main())
@@ -205,16 +240,28 @@ def test_a_refused_transfer_may_be_sent_again() -> None:
     assert pair.arrived_whole()
 
 
-def test_a_second_commit_of_the_same_lease_is_refused() -> None:
+def test_a_second_commit_of_a_lease_changes_nothing() -> None:
     pair = KvPair()
 
     async def main() -> None:
+        messages = await pair.messages()
         await pair.transfer()
-        with pytest.raises(KvTransferError, match="no lease"):
-            await pair.transfer()
+        before = pair.target.pool.counts()
+        for replayed in (messages, messages[-1:]):
+            with pytest.raises(KvTransferError, match="no lease"):
+                await pair.receiver.push(as_iterator(replayed))
+        assert pair.target.pool.counts() == before
 
     loop.run(main())
     assert len(pair.commits) == 1
+
+
+def test_a_commit_that_comes_twice_in_a_push_is_taken_once() -> None:
+    pair = KvPair()
+    pair.alter = lambda messages: [*messages, messages[-1]]
+    loop.run(pair.transfer())
+    assert len(pair.commits) == 1
+    assert pair.receiver.num_failures == 0
 
 
 class GatedExecutor(InlineExecutor):
@@ -250,37 +297,44 @@ def test_blocks_of_a_lease_released_during_a_write_are_not_given_away() -> None:
     loop.run(main())
 
 
-def test_a_commit_waits_for_no_write_of_another_push() -> None:
-    """A replayed push still writes when the first one commits: it must not lose its blocks."""
+def test_a_replayed_push_cannot_disturb_the_one_under_way() -> None:
+    async def main() -> None:
+        pair = KvPair()
+        messages = await pair.messages()
+        late = asyncio.Event()
 
+        async def arriving() -> AsyncIterator[bytes]:
+            for message in messages[:-1]:
+                yield message
+            await late.wait()
+            yield messages[-1]
+
+        first = asyncio.create_task(pair.receiver.push(arriving()))
+        await asyncio.sleep(1)
+        for replayed in (messages, messages[-1:]):
+            with pytest.raises(KvTransferError, match="another push"):
+                await pair.receiver.push(as_iterator(replayed))
+        late.set()
+        await first
+        assert len(pair.commits) == 1
+        assert pair.arrived_whole()
+        pair.leases.check_integrity()
+
+    loop.run(main())
+
+
+def test_a_push_that_is_cancelled_makes_way_for_another() -> None:
     async def main() -> None:
         executor = GatedExecutor()
-        executor.gate.set()
         pair = KvPair(executor=executor)
         messages = await pair.messages()
-
-        async def arriving(upto: int, then: asyncio.Event | None) -> AsyncIterator[bytes]:
-            for message in messages[:upto]:
-                yield message
-            if then is not None:
-                await then.wait()
-                yield messages[upto]
-
-        late = asyncio.Event()
-        first = asyncio.create_task(pair.receiver.push(arriving(len(messages) - 1, late)))
-        await asyncio.sleep(1)
-        executor.gate.clear()
-        second = asyncio.create_task(pair.receiver.push(arriving(1, None)))
+        first = asyncio.create_task(pair.receiver.push(as_iterator(messages)))
         while not executor.num_waiting:
             await asyncio.sleep(0)
-        late.set()
-        with pytest.raises(KvTransferError, match="another push"):
-            await first
-        assert len(pair.leases) == 1
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert pair.lease.num_writes == 0
         executor.gate.set()
-        with pytest.raises(KvTransferError, match="without a commit"):
-            await second
-        pair.leases.check_integrity()
         await pair.transfer()
         assert len(pair.commits) == 1
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -65,5 +66,36 @@ def test_addresses_that_are_gone_are_not_kept() -> None:
         assert channels.opened.count("a") == 2
         await transport.close()
         assert channels.num_open == 0
+
+    loop.run(main())
+
+
+def test_a_lost_connection_closes_after_its_last_push() -> None:
+    """Another push over it may still be told how it ended."""
+
+    async def main() -> None:
+        channels = Channels()
+        transport = ConnectorKvTransport(channels)  # type: ignore[arg-type]
+        go_on = asyncio.Event()
+
+        class Slow(Channels):
+            async def push(self, *_: object) -> kv_transfer_pb2.PushResponse:
+                await go_on.wait()
+                return await Channels.push(channels)
+
+        channels.push = Slow.push.__get__(Slow())  # type: ignore[method-assign]
+        slow = asyncio.create_task(transport.push("a", nothing(), Deadline.after(1)))
+        await asyncio.sleep(0)
+        del channels.push  # type: ignore[method-assign]
+        channels.error = Unavailable("gone")
+        with pytest.raises(Unavailable):
+            await transport.push("a", nothing(), Deadline.after(1))
+        assert channels.num_open == 1
+        channels.error = None
+        await transport.push("a", nothing(), Deadline.after(1))
+        assert channels.num_open == 2
+        go_on.set()
+        await slow
+        assert channels.num_open == 1
 
     loop.run(main())

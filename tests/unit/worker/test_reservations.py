@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -11,7 +10,7 @@ from forebay.core.errors import KvTransferError
 from forebay.core.randomness import Rng
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine
-from forebay.engine.sequence import RequestKey
+from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.kv.block_pool import OutOfBlocks
 from forebay.kv.leases import LeaseTable
 from forebay.simulator import loop
@@ -25,19 +24,21 @@ class Desk:
     def __init__(self, num_blocks: int = 16) -> None:
         self.engine: Engine = sim_engine(num_blocks)
         self.leases = LeaseTable(self.engine.pool, "epoch")
-        self.reservations = Reservations(self.engine, self.leases, Rng(1), lease_s=30)
+        self.reservations = Reservations(self.engine, self.leases, Rng(1))
 
-    def request(self, name: str, *, n: int = 1, timeout_s: float = 100) -> WorkerRequest:
-        return WorkerRequest(
+    def request(self, name: str, *, n: int = 1, num_generated: int = 0) -> WorkerRequest:
+        choices = (0,) if num_generated else tuple(range(n))
+        start = SequenceStart(
             key=RequestKey("g", name),
             attempt=1,
-            prompt=list(range(9)),
-            params=SamplingParams(n=n, max_tokens=4),
+            tokens=tuple(range(9 + num_generated)),
+            num_prompt_tokens=9,
+            params=SamplingParams(n=n, max_tokens=8),
+            choices=choices,
             cache_root=ROOT,
-            deadline=Deadline.after(timeout_s),
-            since=0.0,
-            going_on=set(range(n)),
         )
+        deadline = Deadline.after(100)
+        return WorkerRequest(start, deadline, since=0.0, lease=deadline, going_on=set(choices))
 
     def check(self) -> None:
         self.engine.check_integrity()
@@ -100,18 +101,15 @@ async def test_abort_of_all_or_every_choice_releases_the_lease(desk: Desk) -> No
 
 
 @in_virtual_time
-async def test_a_lease_ends_after_its_time_or_the_requests_deadline(desk: Desk) -> None:
-    long, short = desk.request("long"), desk.request("short", timeout_s=10)
-    desk.reservations.reserve(long)
-    desk.reservations.reserve(short)
-    await asyncio.sleep(9)
-    assert desk.reservations.expire() == []
-    await asyncio.sleep(1)
-    assert desk.reservations.expire() == [short]
-    await asyncio.sleep(20)
-    assert desk.reservations.expire() == [long]
-    assert desk.engine.pool.counts().free == 16
-    assert desk.leases.num_expired == 2
+async def test_room_is_reserved_for_what_was_generated_too(desk: Desk) -> None:
+    request = desk.request("a", n=2, num_generated=4)
+    lease = desk.reservations.reserve(request)
+    assert (lease.num_tokens, len(lease.block_table)) == (13, 4)
+    with pytest.raises(KvTransferError):
+        desk.reservations.commit(lease, [(1, 97)])
+    desk.reservations.commit(lease, [(0, 97)])
+    (sequence,) = desk.engine.sequences(request.key)
+    assert (sequence.num_generated_tokens, sequence.num_computed_tokens) == (5, 13)
 
 
 @in_virtual_time

@@ -62,3 +62,31 @@ async def test_a_call_cancelled_before_its_turn_never_runs() -> None:
     await running
     executor.close()
     assert seen == []
+
+
+async def test_posts_reach_the_loop_in_order_before_the_result() -> None:
+    executor = ThreadExecutor()
+    seen: list[object] = []
+
+    def function() -> str:
+        for number in range(20):
+            executor.post(seen.append, (number, threading.current_thread().name))
+        executor.post(lambda: seen.append(threading.current_thread().name))
+        return "result"
+
+    seen.append(await executor.run(function))
+    here = threading.current_thread().name
+    engine = seen[0][1]  # type: ignore[index]
+    assert engine != here
+    assert seen == [*((number, engine) for number in range(20)), here, "result"]
+    executor.close()
+
+
+def test_a_post_to_a_closed_loop_is_dropped() -> None:
+    executor = ThreadExecutor()
+    seen: list[int] = []
+    asyncio.run(executor.run(seen.append, 1))
+    executor.post(seen.append, 2)
+    asyncio.run(executor.run(seen.append, 3))
+    executor.close()
+    assert seen == [1, 3]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forebay.engine.config import ModelConfig
 from forebay.engine.inputs import StepInputs
+from forebay.engine.interface import LayerHook
 from forebay.engine.models.rope import inverse_frequencies
 from forebay.engine.weights.source import TensorSource, check_tensors
 from forebay_kernels import ops
@@ -62,7 +63,9 @@ class LlamaModel:
         self._lm_head = lm_head
         self._inverse_frequencies = inverse_frequencies(config).to(self.device)
 
-    def forward(self, inputs: StepInputs, kv_caches: KvCaches) -> Tensor:
+    def forward(
+        self, inputs: StepInputs, kv_caches: KvCaches, on_layer: LayerHook | None = None
+    ) -> Tensor:
         """Writes the KV of every token; returns the final hidden states [R, hidden_size] of
         inputs.sample_rows."""
         eps = self.config.rms_eps
@@ -70,9 +73,11 @@ class LlamaModel:
         rotation = angles.cos(), angles.sin()
         update = F.embedding(inputs.token_ids, self._embedding)
         residual = torch.zeros_like(update)
-        for layer, caches in zip(self._layers, kv_caches, strict=True):
+        for index, (layer, caches) in enumerate(zip(self._layers, kv_caches, strict=True)):
             hidden, residual = ops.add_rms_norm(update, residual, layer.attention_norm, eps)
             update = self._attention(layer, hidden, rotation, caches, inputs)
+            if on_layer is not None:
+                on_layer(index)
             hidden, residual = ops.add_rms_norm(update, residual, layer.mlp_norm, eps)
             update = layer.down(ops.silu_and_mul(layer.gate_up(hidden)))
         rows = inputs.sample_rows

@@ -1,0 +1,55 @@
+"""What all requests of a gateway share on their way to workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+
+from forebay.admission.queue import AdmissionQueue
+from forebay.gateway.fleet import Fleet
+from forebay.gateway.placement import Placer
+from forebay.gateway.poison import PoisonList
+from forebay.gateway.worker_link import WorkerLink
+from forebay.rpc.v1 import worker_pb2
+
+
+class Dispatcher:
+    """`probation` is held by the one leg that may be what its last worker died of, until it has
+    shown that it is not: two suspects never share a worker, so that the next death tells."""
+
+    def __init__(
+        self, fleet: Fleet, queue: AdmissionQueue, poison: PoisonList, max_migrations: int
+    ) -> None:
+        self.placer = Placer(fleet, queue, self.discard)
+        self.poison = poison
+        self.probation = asyncio.Lock()
+        self.max_migrations = max_migrations
+        self.closing = False
+        self._queue = queue
+        self._background: dict[asyncio.Task[None], None] = {}
+
+    async def close(self) -> None:
+        """No leg begins any more; returns when nothing is under way in the background."""
+        self.closing = True
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
+
+    def discard(self, link: WorkerLink, spec: worker_pb2.SequenceSpec) -> None:
+        """Nothing more is wanted of `spec` from this worker."""
+        link.unsubscribe(spec.request_id)
+        self.abort(link, spec, ())
+
+    def abort(
+        self, link: WorkerLink, spec: worker_pb2.SequenceSpec, choices: tuple[int, ...]
+    ) -> None:
+        """Ends choices (none named: all) on a worker, in the background."""
+        frozen = worker_pb2.SequenceSpec(request_id=spec.request_id, attempt=spec.attempt)
+        self.spawn(link.abort(frozen, choices))
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """`work` handles its own errors."""
+        task = asyncio.create_task(work)
+        self._background[task] = None
+        task.add_done_callback(self._background.pop)
+        task.add_done_callback(lambda _: self._queue.notify())
+        return task

@@ -1,0 +1,158 @@
+"""One try at running some choices of a request on workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from forebay.core.clock import Deadline
+from forebay.core.errors import DeadlineExceeded, ForebayError
+from forebay.gateway.placement import Placement, Placer
+from forebay.gateway.worker_link import Blame, Exposure, WorkerLink
+from forebay.rpc.v1 import worker_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Tokens, or a choice's end."""
+
+    leg: Leg
+    output: worker_pb2.SequenceOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A worker that the leg needs is lost."""
+
+    leg: Leg
+    link: WorkerLink
+    blame: Blame
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """The leg found no workers."""
+
+    leg: Leg
+    error: ForebayError
+
+
+Signal = Delivered | Broken | Stranded
+
+
+class Signals:
+    """What the legs of one request report, in the order of arrival."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Signal] = asyncio.Queue()
+
+    def put(self, signal: Signal) -> None:
+        self._queue.put_nowait(signal)
+
+    async def next(self, deadline: Deadline) -> Signal:
+        """Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(deadline.remaining_s()):
+                return await self._queue.get()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed while it was decoded") from None
+
+
+class Leg:
+    """Implements `Inbox`. `spec` is this leg's own: every leg of a request has another wire id.
+    From its placement until the decode worker's first token a leg needs both its workers."""
+
+    def __init__(
+        self,
+        request_id: str,
+        model_id: str,
+        spec: worker_pb2.SequenceSpec,
+        choices: Iterable[int],
+        signals: Signals,
+    ) -> None:
+        self.request_id = request_id
+        self.model_id = model_id
+        self.spec = spec
+        self.choices = tuple(choices)
+        self.placement: Placement | None = None
+        self._signals = signals
+        self._held: list[tuple[WorkerLink, worker_pb2.SequenceOutput | Blame]] = []
+        self._computing: WorkerLink | None = None
+        self._awaiting_first = set(self.choices)
+        self._decode_began = False
+        self._noticed = asyncio.Event()
+
+    @property
+    def num_tokens(self) -> int:
+        """To compute before the next one can be sampled."""
+        return len(self.spec.prompt_token_ids) + len(self.spec.generated_token_ids)
+
+    @property
+    def links(self) -> tuple[WorkerLink, ...]:
+        return () if self.placement is None else self.placement.links
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nobody but the decode worker can still hold anything of it."""
+        return self.placement is None or self.placement.prefill is None or self._decode_began
+
+    async def place(
+        self,
+        placer: Placer,
+        deadline: Deadline,
+        queue_deadline: Deadline,
+        *,
+        avoid: frozenset[str] = frozenset(),
+        urgent: bool = False,
+    ) -> None:
+        """Returns when the workers have it. Raises what `Placer.place` raises."""
+        self.placement = await placer.place(
+            self, deadline, queue_deadline, avoid=avoid, urgent=urgent
+        )
+        held, self._held = self._held, []
+        for link, item in held:
+            if isinstance(item, Blame):
+                self.lose(link, item)
+            else:
+                self.deliver(link, item)
+
+    async def first_sign(self, deadline: Deadline) -> None:
+        """Returns when the placed leg has had a token, or has broken."""
+        try:
+            async with asyncio.timeout(deadline.remaining_s()):
+                await self._noticed.wait()
+        except TimeoutError:
+            return
+
+    def computes_on(self, link: WorkerLink) -> None:
+        """`link` is about to get the prompt."""
+        self._computing = link
+
+    def deliver(self, link: WorkerLink, output: worker_pb2.SequenceOutput) -> None:
+        if self.placement is None:
+            self._held.append((link, output))
+            return
+        if output.attempt != self.spec.attempt or output.choice not in self.choices:
+            return
+        self._awaiting_first.discard(output.choice)
+        if link is self.placement.decode:
+            self._decode_began = True
+        if not self._awaiting_first:
+            self._computing = self.placement.decode
+        self._noticed.set()
+        self._signals.put(Delivered(self, output))
+
+    def exposure(self, link: WorkerLink) -> Exposure:
+        if link is not self._computing:
+            return Exposure.NONE
+        return Exposure.PROVEN if self._decode_began else Exposure.UNPROVEN
+
+    def lose(self, link: WorkerLink, blame: Blame) -> None:
+        if self.placement is None:
+            self._held.append((link, blame))
+            return
+        prefill_needed = self._awaiting_first or not self._decode_began
+        if link is self.placement.decode or (link is self.placement.prefill and prefill_needed):
+            self._noticed.set()
+            self._signals.put(Broken(self, link, blame))
