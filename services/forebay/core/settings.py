@@ -53,6 +53,8 @@ class EngineSettings:
     """Multiplies the sim engine's modelled times; 0 makes every step instant."""
     sim_mean_output_tokens: int = 128
     """Mean answer length of the sim engine (geometric)."""
+    sim_crash_text: str = ""
+    """A prompt with this text in it kills the sim engine's process, for drills; empty: none does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,4 +44,5 @@ def _sim_runner(settings: EngineSettings) -> SimRunner:
         profile=LLAMA2_70B_H100_TP8,
         time_scale=settings.sim_time_scale,
         mean_output_tokens=settings.sim_mean_output_tokens,
+        crash_text=settings.sim_crash_text.encode(),
     )

@@ -9,7 +9,10 @@ stale, cut or mixed up therefore changes the answer, as it would with a model.
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Sequence as Seq
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +36,18 @@ DIGEST_BYTES = 8
 LAYOUT_VERSION = 1
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
 _MASK = (1 << 64) - 1
+_MIX_ADD = np.uint64(0x9E3779B97F4A7C15)
+_MIX_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_SECOND = np.uint64(0x94D049BB133111EB)
+_SHIFT_27, _SHIFT_30, _SHIFT_31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 Digests = npt.NDArray[np.uint64]
 
 
 class SimRunner:
     """Implements `Runner`. `mean_output_tokens`: answers are geometric with this mean, cut by
-    max_tokens. `time_scale` multiplies the profile's times."""
+    max_tokens. `time_scale` multiplies the profile's times. `crash_text`: unless empty, computing a
+    prompt that contains it ends this process as SIGKILL does."""
 
     def __init__(
         self,
@@ -51,14 +59,15 @@ class SimRunner:
         profile: StepProfile,
         time_scale: float,
         mean_output_tokens: int,
+        crash_text: bytes = b"",
     ) -> None:
-        spec: TokenizerSpec = sim_tokenizer_spec()
-        tokenizer = Tokenizer(spec)
+        spec, tokenizer = _tokenizer()
         self._tokenizer_spec = spec.to_bytes()
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._profile = profile
         self._time_scale = time_scale
+        self._crash_text = list(crash_text)
         self._end_below = int(2**64 / max(1, mean_output_tokens))
         (self._eos,) = tokenizer.eos_ids
         self._memory: Digests = np.zeros((NUM_LAYERS, num_blocks, block_size), dtype=np.uint64)
@@ -102,6 +111,8 @@ class SimRunner:
         for source, target in batch.block_copies:
             self._memory[:, target] = self._memory[:, source]
         for item in batch.sequences:
+            if self._crash_text and _contains(item.tokens, self._crash_text):
+                os.kill(os.getpid(), signal.SIGKILL)
             self._write(item)
         if on_layer is not None and batch.sequences:
             for layer in range(NUM_LAYERS):
@@ -174,15 +185,30 @@ class SimRunner:
         return SampledToken(token_id, logprob, tuple((letter, logprob) for letter in letters))
 
 
+def _contains(tokens: Seq[int], wanted: list[int]) -> bool:
+    size = len(wanted)
+    return any(list(tokens[i : i + size]) == wanted for i in range(len(tokens) - size + 1))
+
+
+@cache
+def _tokenizer() -> tuple[TokenizerSpec, Tokenizer]:
+    """The same for every sim engine of a process."""
+    spec = sim_tokenizer_spec()
+    return spec, Tokenizer(spec)
+
+
 def _mix(values: Digests) -> Digests:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise."""
-    with np.errstate(over="ignore"):
-        z = values + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: Digests = z ^ (z >> np.uint64(31))
-        return mixed
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise. Overflow wraps,
+    without a warning as long as `values` has a dimension."""
+    z = values + _MIX_ADD
+    z = (z ^ (z >> _SHIFT_30)) * _MIX_FIRST
+    z = (z ^ (z >> _SHIFT_27)) * _MIX_SECOND
+    mixed: Digests = z ^ (z >> _SHIFT_31)
+    return mixed
 
 
 def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value & _MASK], dtype=np.uint64))[0])
+    z = (value + int(_MIX_ADD)) & _MASK
+    z = ((z ^ (z >> 30)) * int(_MIX_FIRST)) & _MASK
+    z = ((z ^ (z >> 27)) * int(_MIX_SECOND)) & _MASK
+    return z ^ (z >> 31)

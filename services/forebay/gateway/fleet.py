@@ -57,6 +57,7 @@ class Fleet:
         self._links: dict[tuple[str, str], WorkerLink] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._opening: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._unreachable: dict[tuple[str, str], str] = {}
         self._registry_reachable = True
 
     async def run(self) -> None:
@@ -127,6 +128,8 @@ class Fleet:
                     link.update_load(listed[key].load)
             elif link.missing_since is None:
                 link.missing_since = clock.now()
+        for key in [key for key in self._unreachable if key not in listed]:
+            del self._unreachable[key]
         for key, worker in listed.items():
             if key not in self._links and key not in self._opening:
                 self._opening[key] = asyncio.create_task(self._open(key, worker))
@@ -135,8 +138,11 @@ class Fleet:
     async def _open(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
         try:
             await self._join(key, worker)
+            self._unreachable.pop(key, None)
         except ForebayError as error:
-            log.warning("worker %s cannot be reached: %s", worker.worker_id, error.message)
+            if self._unreachable.get(key) != error.message:
+                log.warning("worker %s cannot be reached: %s", worker.worker_id, error.message)
+            self._unreachable[key] = error.message
         except Exception:
             log.exception("worker %s cannot join", worker.worker_id)
         finally:

@@ -70,11 +70,14 @@ class Leg:
         spec: worker_pb2.SequenceSpec,
         choices: Iterable[int],
         signals: Signals,
+        *,
+        on_probation: bool = False,
     ) -> None:
         self.request_id = request_id
         self.model_id = model_id
         self.spec = spec
         self.choices = tuple(choices)
+        self.on_probation = on_probation
         self.placement: Placement | None = None
         self._signals = signals
         self._held: list[tuple[WorkerLink, worker_pb2.SequenceOutput | Blame]] = []
@@ -146,7 +149,9 @@ class Leg:
     def exposure(self, link: WorkerLink) -> Exposure:
         if link is not self._computing:
             return Exposure.NONE
-        return Exposure.PROVEN if self._decode_began else Exposure.UNPROVEN
+        if self._decode_began:
+            return Exposure.PROVEN
+        return Exposure.ON_PROBATION if self.on_probation else Exposure.UNPROVEN
 
     def lose(self, link: WorkerLink, blame: Blame) -> None:
         if self.placement is None:

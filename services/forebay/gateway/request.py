@@ -111,7 +111,7 @@ class GatewayRequest:
             for leg in list(self._legs):
                 self._leave(leg)
 
-    def _new_leg(self, choices: tuple[int, ...]) -> Leg:
+    def _new_leg(self, choices: tuple[int, ...], *, on_probation: bool = False) -> Leg:
         """`choices`: all that have no tokens yet, or a single one."""
         spec = worker_pb2.SequenceSpec()
         spec.CopyFrom(self._spec)
@@ -122,7 +122,14 @@ class GatewayRequest:
         spec.generated_token_ids.extend(self._choices[choices[0]].token_ids)
         if spec.generated_token_ids and not spec.choices:
             spec.choices.extend(choices)
-        leg = Leg(self._spec.request_id, self._served.info.id, spec, choices, self._signals)
+        leg = Leg(
+            self._spec.request_id,
+            self._served.info.id,
+            spec,
+            choices,
+            self._signals,
+            on_probation=on_probation,
+        )
         self._num_legs += 1
         self._legs.append(leg)
         return leg
@@ -192,9 +199,9 @@ class GatewayRequest:
         for choices in [fresh, *begun] if fresh else begun:
             for i in choices:
                 self._choices[i].resume()
-            leg = self._new_leg(choices)
+            leg = self._new_leg(choices, on_probation=on_probation)
             workers = frozenset(link.worker_id for link in avoid)
-            task = self._dispatcher.spawn(self._resume(leg, workers, delay_s, on_probation))
+            task = self._dispatcher.spawn(self._resume(leg, workers, delay_s))
             self._placing[task] = None
             task.add_done_callback(self._placing.pop)
 
@@ -209,12 +216,10 @@ class GatewayRequest:
             return 0.0
         return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** (self._num_fruitless - 2))
 
-    async def _resume(
-        self, leg: Leg, avoid: frozenset[str], delay_s: float, on_probation: bool
-    ) -> None:
+    async def _resume(self, leg: Leg, avoid: frozenset[str], delay_s: float) -> None:
         try:
             await asyncio.sleep(delay_s)
-            if on_probation:
+            if leg.on_probation:
                 async with self._dispatcher.probation:
                     await self._place_again(leg, avoid)
                     await leg.first_sign(self._deadline)

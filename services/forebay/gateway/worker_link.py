@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 from typing import Any, Protocol
 
 from forebay.core import clock
@@ -27,15 +27,17 @@ RENEW_TICKS = 2
 StepsStream = Duplex[worker_pb2.StepsRequest, worker_pb2.StepsResponse]
 
 
-class Exposure(Enum):
-    """What a worker that died was doing for a request."""
+class Exposure(IntEnum):
+    """What a worker that died was doing for a request, the more suspicious the higher."""
 
-    NONE = auto()
+    NONE = 0
     """Nothing that runs: KV is awaited there, or was sent away."""
-    PROVEN = auto()
+    PROVEN = 1
     """It had computed tokens of it before."""
-    UNPROVEN = auto()
+    UNPROVEN = 2
     """It had just begun."""
+    ON_PROBATION = 3
+    """It had just begun, after another worker had died in the same state."""
 
 
 class Blame(Enum):
@@ -290,12 +292,11 @@ class WorkerLink:
         self._on_change()
 
     def _blame(self, inboxes: list[Inbox]) -> list[Blame]:
-        """Who had just begun is suspected before who was served well until then; of several that
-        were, nobody is."""
+        """Of several requests that had been served well until then nobody is suspected."""
         exposures = [inbox.exposure(self) for inbox in inboxes]
-        worst = Exposure.UNPROVEN if Exposure.UNPROVEN in exposures else Exposure.PROVEN
+        worst = max(exposures, default=Exposure.NONE)
         suspects = {i.request_id for i, e in zip(inboxes, exposures, strict=True) if e is worst}
-        blame = Blame.SUSPECT if worst is Exposure.UNPROVEN else Blame.NONE
-        if len(suspects) == 1:
+        blame = Blame.SUSPECT if worst >= Exposure.UNPROVEN else Blame.NONE
+        if len(suspects) == 1 and worst is not Exposure.NONE:
             blame = Blame.SOLE
         return [blame if exposure is worst else Blame.NONE for exposure in exposures]

@@ -191,7 +191,7 @@ def test_draining_is_known_with_the_next_message() -> None:
     loop.run(main())
 
 
-NONE, PROVEN, UNPROVEN = Exposure.NONE, Exposure.PROVEN, Exposure.UNPROVEN
+NONE, PROVEN, UNPROVEN, ON_PROBATION = Exposure
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,8 @@ NONE, PROVEN, UNPROVEN = Exposure.NONE, Exposure.PROVEN, Exposure.UNPROVEN
         ([("a", UNPROVEN), ("b", UNPROVEN)], [Blame.SUSPECT, Blame.SUSPECT]),
         ([("a", UNPROVEN), ("a", UNPROVEN)], [Blame.SOLE, Blame.SOLE]),
         ([("a", PROVEN), ("a", PROVEN)], [Blame.SOLE, Blame.SOLE]),
+        ([("a", UNPROVEN), ("b", ON_PROBATION)], [Blame.NONE, Blame.SOLE]),
+        ([("a", ON_PROBATION), ("b", ON_PROBATION)], [Blame.SUSPECT, Blame.SUSPECT]),
     ],
 )
 def test_who_is_to_blame(requests: list[tuple[str, Exposure]], blames: list[Blame]) -> None:
