@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from forebay.core import clock
 from forebay.core.clock import Deadline
@@ -173,7 +174,13 @@ class Fleet:
         data = await link.get_tokenizer()
         if hashlib.sha256(data).hexdigest() != wanted:
             raise Unavailable(f"the tokenizer of {link.worker_id} does not match its hash")
-        self._tokenizers[wanted] = Tokenizer(TokenizerSpec.from_bytes(data))
+        self._tokenizers[wanted] = _tokenizer(data)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(spec: bytes) -> Tokenizer:
+    """One for all that want the same: it takes a while to build and never changes."""
+    return Tokenizer(TokenizerSpec.from_bytes(spec))
 
 
 def _check_usable(worker: worker_pb2.WorkerDescription) -> None:
