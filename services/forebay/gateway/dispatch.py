@@ -35,21 +35,26 @@ class Dispatcher:
             await asyncio.gather(*self._background, return_exceptions=True)
 
     def discard(self, link: WorkerLink, spec: worker_pb2.SequenceSpec) -> None:
-        """Nothing more is wanted of `spec` from this worker."""
+        """Nothing more is wanted of `spec` from this worker. What that frees wakes nobody in line:
+        it was the first in line that had taken it in vain, and would do so again at once."""
         link.unsubscribe(spec.request_id)
-        self.abort(link, spec, ())
+        self.spawn(link.abort(_named(spec), ()))
 
     def abort(
         self, link: WorkerLink, spec: worker_pb2.SequenceSpec, choices: tuple[int, ...]
     ) -> None:
         """Ends choices (none named: all) on a worker, in the background."""
-        frozen = worker_pb2.SequenceSpec(request_id=spec.request_id, attempt=spec.attempt)
-        self.spawn(link.abort(frozen, choices))
+        task = self.spawn(link.abort(_named(spec), choices))
+        task.add_done_callback(lambda _: self._queue.notify())
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """`work` handles its own errors."""
         task = asyncio.create_task(work)
         self._background[task] = None
         task.add_done_callback(self._background.pop)
-        task.add_done_callback(lambda _: self._queue.notify())
         return task
+
+
+def _named(spec: worker_pb2.SequenceSpec) -> worker_pb2.SequenceSpec:
+    """As it is now: its attempt will change."""
+    return worker_pb2.SequenceSpec(request_id=spec.request_id, attempt=spec.attempt)
