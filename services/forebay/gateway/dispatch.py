@@ -21,6 +21,7 @@ class Dispatcher:
         self, fleet: Fleet, queue: AdmissionQueue, poison: PoisonList, max_migrations: int
     ) -> None:
         self.placer = Placer(fleet, queue, self.discard)
+        self.lives = fleet.lives
         self.poison = poison
         self.probation = asyncio.Lock()
         self.max_migrations = max_migrations

@@ -86,6 +86,17 @@ class Fleet:
                 return link
         raise Unavailable(f"worker {worker_id} is gone")
 
+    async def lives(self, link: WorkerLink) -> bool:
+        """Whether the worker behind a lost link is there all the same, in the same life."""
+        again = self._new_link(link.description)
+        try:
+            await again.check_identity()
+        except ForebayError:
+            return False
+        finally:
+            await again.close()
+        return True
+
     def view(self) -> list[WorkerView]:
         return [_view_of(link) for link in self._links.values()]
 
@@ -152,9 +163,7 @@ class Fleet:
 
     async def _join(self, key: tuple[str, str], worker: worker_pb2.WorkerDescription) -> None:
         _check_usable(worker)
-        channel = self._connector.connect(worker.endpoints[0].address)
-        silence_s = self._settings.worker_silence_s
-        link = WorkerLink(worker, channel, self._gateway_id, silence_s, self._on_change)
+        link = self._new_link(worker)
         try:
             await link.check_identity()
             await link.open(Deadline.after(OPEN_S))
@@ -164,6 +173,11 @@ class Fleet:
         finally:
             if self._links.get(key) is not link:
                 await link.close()
+
+    def _new_link(self, worker: worker_pb2.WorkerDescription) -> WorkerLink:
+        channel = self._connector.connect(worker.endpoints[0].address)
+        silence_s = self._settings.worker_silence_s
+        return WorkerLink(worker, channel, self._gateway_id, silence_s, self._on_change)
 
     async def _learn_tokenizer(self, link: WorkerLink) -> None:
         """One download per distinct tokenizer. Raises Unavailable when its hash is not the one

@@ -68,9 +68,8 @@ class GatewayRequest:
         self._num_cached_tokens = 0
         self._num_fruitless = 0
         self._tokens_at_migration = 0
-        self._num_deaths = 0
+        self._deaths: list[WorkerLink] = []
         self._tokens_at_death = 0
-        self._died: WorkerLink | None = None
 
     @property
     def request_id(self) -> str:
@@ -161,7 +160,6 @@ class GatewayRequest:
         return [i for i in leg.choices if self._choices[i].finish is None]
 
     def _lose(self, broken: Broken) -> None:
-        """Raises InvalidRequest for a request that workers die of."""
         if broken.blame is Blame.SOLE:
             self._note_death(broken.link)
         error = WorkerLost("a worker was lost with the request on it")
@@ -169,14 +167,20 @@ class GatewayRequest:
         self._migrate(broken.leg, error, avoid=(broken.link,), on_probation=on_probation)
 
     def _note_death(self, link: WorkerLink) -> None:
-        if link is self._died:
+        if self._num_generated - self._tokens_at_death > DEATH_SLACK_TOKENS:
+            self._deaths.clear()
+        self._tokens_at_death = self._num_generated
+        if link not in self._deaths:
+            self._deaths.append(link)
+
+    async def _check_deaths(self) -> None:
+        """Raises InvalidRequest for a request that workers die of. A link can be lost while its
+        worker lives on; that is looked into when it matters."""
+        if len(self._deaths) < MAX_DEATHS:
             return
-        num_tokens = self._num_generated
-        if num_tokens - self._tokens_at_death > DEATH_SLACK_TOKENS:
-            self._num_deaths = 0
-        self._died, self._tokens_at_death = link, num_tokens
-        self._num_deaths += 1
-        if self._num_deaths >= MAX_DEATHS:
+        alive = [link for link in self._deaths if await self._dispatcher.lives(link)]
+        self._deaths = [link for link in self._deaths if link not in alive]
+        if len(self._deaths) >= MAX_DEATHS:
             self._dispatcher.poison.add(self._fingerprint)
             raise poisoned()
 
@@ -219,6 +223,7 @@ class GatewayRequest:
     async def _resume(self, leg: Leg, avoid: frozenset[str], delay_s: float) -> None:
         try:
             await asyncio.sleep(delay_s)
+            await self._check_deaths()
             if leg.on_probation:
                 async with self._dispatcher.probation:
                     await self._place_again(leg, avoid)

@@ -13,7 +13,7 @@ from forebay.core.roles import WorkerRole
 from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSettings
 from forebay.engine.loader import load_runner
 from forebay.gateway.fleet import Fleet
-from forebay.gateway.worker_link import WorkerLink
+from forebay.gateway.worker_link import Blame, Exposure, WorkerLink
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop
 from forebay.simulator.network import SimNetwork
@@ -210,6 +210,7 @@ async def test_an_old_record_does_not_replace_newer_figures() -> None:
         await world.announce(worker.description())
         await asyncio.sleep(2)
         link = world.link(worker)
+        worker._streams.send_signs_of_life = lambda: None  # type: ignore[method-assign]
         link.update_load(worker_pb2.WorkerLoad(num_running=9))
         await asyncio.sleep(2)
         assert link.load.num_running == 9
@@ -229,12 +230,16 @@ async def test_a_step_stream_that_cannot_be_read_loses_the_link() -> None:
         link = world.link(worker)
 
         class Inbox:
+            request_id = "r"
             num_lost = 0
 
             def deliver(self, link: WorkerLink, output: worker_pb2.SequenceOutput) -> None:
                 raise ValueError("a bug")
 
-            def lose(self, link: WorkerLink) -> None:
+            def exposure(self, link: WorkerLink) -> Exposure:
+                return Exposure.NONE
+
+            def lose(self, link: WorkerLink, blame: Blame) -> None:
                 self.num_lost += 1
 
         inbox = Inbox()

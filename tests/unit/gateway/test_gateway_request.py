@@ -39,6 +39,7 @@ class Link:
 
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
+        self.lives = False
         self.subscribed: set[str] = set()
 
     def unsubscribe(self, request_id: str) -> None:
@@ -88,6 +89,9 @@ class World:
         task = asyncio.create_task(work)
         self.tasks.add(task)
         return task
+
+    async def lives(self, link: Link) -> bool:
+        return link.lives
 
     def add(self, fingerprint: str) -> None:
         self.poisoned.append(fingerprint)
@@ -393,6 +397,21 @@ async def test_two_deaths_at_one_spot_make_it_poison() -> None:
         await client.done()
     assert caught.value.code == "poisoned_request"
     assert world.poisoned == ["print"]
+
+
+@in_virtual_time
+async def test_a_worker_that_lives_on_has_not_died_of_it() -> None:
+    world = World()
+    client = Client(world.request())
+    for i in range(5):
+        leg = await world.next_leg()
+        world.decode.lives = i != 2
+        lose(leg, world.decode, Blame.SOLE)
+        world.decode = Link(f"another {i}")
+    leg = await world.next_leg()
+    world.send(leg, len(ANSWER))
+    await client.done()
+    assert not world.poisoned and client.text() == ANSWER.decode()
 
 
 @in_virtual_time
