@@ -20,6 +20,7 @@ from forebay.core.roles import WorkerRole
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 REDIS_URL_VARIABLE = "FOREBAY_REDIS_URL"
+CACHE_SALT_VARIABLE = "FOREBAY_GATEWAY_CACHE_SALT"
 
 MIB = 1024 * 1024
 
@@ -107,7 +108,8 @@ class GatewaySettings:
     """How long a request that ended two workers is refused."""
     drain_s: float = 30.0
     cache_salt: str = ""
-    """Secret that keys the block hashes; empty draws one at start."""
+    """Secret that keys block hashes and the poison list, the same for all gateways of a platform;
+    empty draws one at start."""
 
 
 Group = TypeVar("Group", EngineSettings, WorkerSettings, GatewaySettings)

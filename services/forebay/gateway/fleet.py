@@ -38,6 +38,10 @@ class ServedModel:
     max_model_len: int
     tokenizer: Tokenizer
 
+    @property
+    def key(self) -> str:
+        return model_key(self.info)
+
 
 class Fleet:
     """`on_change` is called whenever load or membership may have changed."""
@@ -108,6 +112,8 @@ class Fleet:
             if link.lost or info.tokenizer_hash not in self._tokenizers:
                 continue
             known = served.get(info.id)
+            if known is not None and known.key != model_key(info):
+                continue  # in a rolling update the revision that was there first
             served[info.id] = ServedModel(
                 info=info,
                 kv_layout=link.description.kv_layout,
@@ -207,16 +213,19 @@ def _check_usable(worker: worker_pb2.WorkerDescription) -> None:
         raise Unavailable(f"its role {worker.role} is unknown here") from None
 
 
+def model_key(info: worker_pb2.ModelInfo) -> str:
+    """Equal for workers whose tokens mean the same."""
+    return "/".join((info.id, info.revision, info.adapter, info.tokenizer_hash))
+
+
 def _view_of(link: WorkerLink) -> WorkerView:
     worker, load = link.description, link.load
-    model, blocks = worker.model, load.kv_blocks
+    blocks = load.kv_blocks
     is_silent = link.missing_since is not None and clock.now() - link.missing_since > MISSING_S
-    identity = (model.id, model.revision, model.adapter, model.tokenizer_hash)
     return WorkerView(
         worker_id=worker.worker_id,
         role=role_from_proto(worker.role),
-        model_id=model.id,
-        model_key="/".join(identity),
+        model_key=model_key(worker.model),
         kv_key=f"{worker.protocol_version}/{worker.kv_layout.SerializeToString().hex()}",
         accepting=not (link.lost or link.draining or worker.draining or is_silent),
         num_sequences=load.num_running + load.num_waiting + link.num_sent_sequences,

@@ -60,13 +60,15 @@ class Signals:
 
 
 class Leg:
-    """Implements `Inbox`. `spec` is this leg's own: every leg of a request has another wire id.
-    From its placement until the decode worker's first token a leg needs both its workers."""
+    """Implements `Inbox`. `number` counts the request's legs from 0; `spec` is this leg's own:
+    every leg has another wire id. Until the decode worker goes on and no first token is missing, a
+    leg needs both its workers."""
 
     def __init__(
         self,
         request_id: str,
-        model_id: str,
+        number: int,
+        model_key: str,
         spec: worker_pb2.SequenceSpec,
         choices: Iterable[int],
         signals: Signals,
@@ -74,7 +76,8 @@ class Leg:
         on_probation: bool = False,
     ) -> None:
         self.request_id = request_id
-        self.model_id = model_id
+        self.number = number
+        self.model_key = model_key
         self.spec = spec
         self.choices = tuple(choices)
         self.on_probation = on_probation
@@ -138,7 +141,10 @@ class Leg:
             return
         if output.attempt != self.spec.attempt or output.choice not in self.choices:
             return
-        self._awaiting_first.discard(output.choice)
+        if not output.token_ids and not self._needs(link):
+            return  # a failure that no longer matters
+        if output.offset == len(self.spec.generated_token_ids):
+            self._awaiting_first.discard(output.choice)
         if link is self.placement.decode:
             self._decode_began = True
         if not self._awaiting_first:
@@ -157,7 +163,13 @@ class Leg:
         if self.placement is None:
             self._held.append((link, blame))
             return
-        prefill_needed = self._awaiting_first or not self._decode_began
-        if link is self.placement.decode or (link is self.placement.prefill and prefill_needed):
+        if self._needs(link):
             self._noticed.set()
             self._signals.put(Broken(self, link, blame))
+
+    def _needs(self, link: WorkerLink) -> bool:
+        assert self.placement is not None
+        if link is self.placement.decode:
+            return True
+        done_with_prefill = self._decode_began and not self._awaiting_first
+        return link is self.placement.prefill and not done_with_prefill

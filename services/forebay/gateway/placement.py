@@ -36,7 +36,7 @@ class Placement:
 class Placeable(Inbox, Protocol):
     """What is to be placed; it gets the workers' outputs. `num_tokens`: to compute first."""
 
-    model_id: str
+    model_key: str
     spec: worker_pb2.SequenceSpec
     choices: tuple[int, ...]
 
@@ -86,7 +86,7 @@ class Placer:
         try:
             return await self._queue.admit(attempt, queue_deadline, urgent=urgent)
         except Overloaded as error:
-            if not can_serve(leg.model_id, self._fleet.view()):
+            if not can_serve(leg.model_key, self._fleet.view()):
                 raise Unavailable("no worker is there for this model") from error
             raise
 
@@ -108,7 +108,7 @@ class Placer:
                 refused |= {refusal.worker_id}
 
     def _choose(self, leg: Placeable, excluded: frozenset[str]) -> Decision | None:
-        route = RouteRequest(leg.spec.request_id, leg.model_id, leg.num_tokens, excluded)
+        route = RouteRequest(leg.spec.request_id, leg.model_key, leg.num_tokens, excluded)
         return choose(route, self._fleet.view())
 
     async def _settle(self, decision: Decision, leg: Placeable, deadline: Deadline) -> Placement:

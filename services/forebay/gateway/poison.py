@@ -26,6 +26,7 @@ class PoisonList:
         self._key = hashlib.sha256(salt).digest()
         self._ttl_s = ttl_s
         self._listed: frozenset[str] = frozenset()
+        self._listed_until = 0.0
         self._own: dict[str, float] = {}
         self._unwritten: list[str] = []
 
@@ -36,7 +37,9 @@ class PoisonList:
 
     def check(self, fingerprint: str) -> None:
         """Raises InvalidRequest for a request that is blocked."""
-        if fingerprint in self._listed or self._own.get(fingerprint, 0.0) > clock.now():
+        now = clock.now()
+        is_listed = fingerprint in self._listed and now < self._listed_until
+        if is_listed or now < self._own.get(fingerprint, 0.0):
             raise poisoned()
 
     def add(self, fingerprint: str) -> None:
@@ -45,13 +48,17 @@ class PoisonList:
         self._unwritten.append(fingerprint)
 
     async def run(self) -> None:
-        """Until cancelled. Without Redis the list stays as it is."""
+        """Until cancelled. Without Redis the list stays as it is, for as long as what stands in it
+        may be valid."""
         while True:
             try:
                 await self._write()
                 self._listed = frozenset(await self._registry.list_poison())
+                self._listed_until = clock.now() + self._ttl_s
             except Unavailable as error:
                 log.debug("poison list: %s", error.message)
+            except Exception:
+                log.exception("the poison list cannot be read")
             for fingerprint in [f for f, until in self._own.items() if until <= clock.now()]:
                 del self._own[fingerprint]
             await asyncio.sleep(POLL_S)

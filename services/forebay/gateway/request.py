@@ -13,7 +13,13 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import ForebayError, InternalError, Unavailable, WorkerLost
+from forebay.core.errors import (
+    DeadlineExceeded,
+    ForebayError,
+    InternalError,
+    Unavailable,
+    WorkerLost,
+)
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.gateway.choice import ChoiceText
@@ -22,19 +28,15 @@ from forebay.gateway.fleet import ServedModel
 from forebay.gateway.generation import Completion, Event, Migrated, Placed, Progress, Usage
 from forebay.gateway.leg import Broken, Delivered, Leg, Signals, Stranded
 from forebay.gateway.poison import poisoned
+from forebay.gateway.setbacks import MAX_DEATHS, Deaths, Pace
 from forebay.gateway.worker_link import Blame, WorkerLink
 from forebay.rpc.conversions import finish_from_proto
 from forebay.rpc.v1 import worker_pb2
 
 log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2
-"""Workers that may die of one request before it is blocked."""
-DEATH_SLACK_TOKENS = 8
-"""A request that got further than this between two deaths did not cause both; a few of a dead
-worker's last tokens may never have arrived."""
-_FIRST_DELAY_S = 0.1
-_MAX_DELAY_S = 5.0
+PROBATION_S = 20.0
+"""How long one suspect may keep the others waiting once it has its workers."""
 
 
 class GatewayRequest:
@@ -66,10 +68,8 @@ class GatewayRequest:
         self._num_legs = 0
         self._placing: dict[asyncio.Task[None], None] = {}
         self._num_cached_tokens = 0
-        self._num_fruitless = 0
-        self._tokens_at_migration = 0
-        self._deaths: list[WorkerLink] = []
-        self._tokens_at_death = 0
+        self._pace = Pace()
+        self._deaths = Deaths()
 
     @property
     def request_id(self) -> str:
@@ -123,7 +123,8 @@ class GatewayRequest:
             spec.choices.extend(choices)
         leg = Leg(
             self._spec.request_id,
-            self._served.info.id,
+            self._num_legs,
+            self._served.key,
             spec,
             choices,
             self._signals,
@@ -136,11 +137,13 @@ class GatewayRequest:
     def _take(self, delivered: Delivered) -> Iterator[Progress | Event]:
         """Raises Unavailable when the request cannot go on."""
         leg, output = delivered.leg, delivered.output
+        if self._choices[output.choice].finish is not None:
+            return
         if finish_from_proto(output.finish_reason) is FinishReason.ERROR:
             error = Unavailable(output.error)
             if not output.resumable:
                 raise error
-            self._migrate(leg, error, avoid=leg.links, on_probation=self._num_fruitless > 0)
+            self._migrate(leg, error, avoid=leg.links)
             yield Migrated()
             return
         if output.offset == 0:
@@ -161,33 +164,32 @@ class GatewayRequest:
 
     def _lose(self, broken: Broken) -> None:
         if broken.blame is Blame.SOLE:
-            self._note_death(broken.link)
+            self._deaths.note(broken.leg, broken.link, self._num_generated, self._num_legs)
         error = WorkerLost("a worker was lost with the request on it")
-        on_probation = broken.blame is not Blame.NONE
-        self._migrate(broken.leg, error, avoid=(broken.link,), on_probation=on_probation)
-
-    def _note_death(self, link: WorkerLink) -> None:
-        if self._num_generated - self._tokens_at_death > DEATH_SLACK_TOKENS:
-            self._deaths.clear()
-        self._tokens_at_death = self._num_generated
-        if link not in self._deaths:
-            self._deaths.append(link)
+        suspected = broken.blame is not Blame.NONE
+        self._migrate(broken.leg, error, avoid=(broken.link,), suspected=suspected)
 
     async def _check_deaths(self) -> None:
         """Raises InvalidRequest for a request that workers die of. A link can be lost while its
         worker lives on; that is looked into when it matters."""
-        if len(self._deaths) < MAX_DEATHS:
+        deaths = self._deaths
+        if len(deaths.links) < MAX_DEATHS:
             return
-        alive = [link for link in self._deaths if await self._dispatcher.lives(link)]
-        self._deaths = [link for link in self._deaths if link not in alive]
-        if len(self._deaths) >= MAX_DEATHS:
+        deaths.links = [link for link in deaths.links if not await self._dispatcher.lives(link)]
+        if len(deaths.links) >= MAX_DEATHS:
             self._dispatcher.poison.add(self._fingerprint)
             raise poisoned()
 
     def _migrate(
-        self, leg: Leg, error: ForebayError, *, avoid: tuple[WorkerLink, ...], on_probation: bool
+        self,
+        leg: Leg,
+        error: ForebayError,
+        *,
+        avoid: tuple[WorkerLink, ...],
+        suspected: bool = False,
     ) -> None:
-        """Raises `error` when the request has moved too often, or there is no time to."""
+        """What fails again without progress is under suspicion as well. Raises `error` when the
+        request has moved too often, or there is no time to."""
         unfinished = self._unfinished(leg)
         self._leave(leg)
         for i in unfinished:
@@ -197,7 +199,8 @@ class GatewayRequest:
         if self._dispatcher.closing:
             raise error
         log.info("%s goes on elsewhere: %s", leg.spec.request_id, error.message)
-        delay_s = self._delay_s()
+        delay_s = self._pace.broke(self._num_generated)
+        on_probation = suspected or self._pace.num_fruitless > 1
         fresh = tuple(i for i in unfinished if not self._choices[i].token_ids)
         begun = [(i,) for i in unfinished if self._choices[i].token_ids]
         for choices in [fresh, *begun] if fresh else begun:
@@ -209,17 +212,6 @@ class GatewayRequest:
             self._placing[task] = None
             task.add_done_callback(self._placing.pop)
 
-    def _delay_s(self) -> float:
-        """None after progress; then longer and longer, so that what cannot work is not tried as
-        often as possible."""
-        if self._num_generated > self._tokens_at_migration:
-            self._num_fruitless = 0
-        self._tokens_at_migration = self._num_generated
-        self._num_fruitless += 1
-        if self._num_fruitless == 1:
-            return 0.0
-        return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2.0 ** (self._num_fruitless - 2))
-
     async def _resume(self, leg: Leg, avoid: frozenset[str], delay_s: float) -> None:
         try:
             await asyncio.sleep(delay_s)
@@ -227,11 +219,12 @@ class GatewayRequest:
             if leg.on_probation:
                 async with self._dispatcher.probation:
                     await self._place_again(leg, avoid)
-                    await leg.first_sign(self._deadline)
+                    await leg.first_sign(self._deadline.within(PROBATION_S))
             else:
                 await self._place_again(leg, avoid)
         except ForebayError as error:
-            self._signals.put(Stranded(leg, error))
+            late = DeadlineExceeded("the request's deadline passed while it waited for a worker")
+            self._signals.put(Stranded(leg, late if self._deadline.expired else error))
         except Exception:
             log.exception("%s cannot be placed again", leg.spec.request_id)
             self._signals.put(Stranded(leg, InternalError("the request could not go on")))

@@ -60,7 +60,7 @@ class GatewayService:
     @property
     def ready(self) -> bool:
         view = self._fleet.view()
-        return any(can_serve(model_id, view) for model_id in self._fleet.models())
+        return any(can_serve(served.key, view) for served in self._fleet.models().values())
 
     async def start(self) -> None:
         self._following = [

@@ -10,7 +10,14 @@ from typing import Any, Protocol
 
 from forebay.core import clock
 from forebay.core.clock import Deadline
-from forebay.core.errors import DeadlineExceeded, ForebayError, Unavailable, WorkerLost
+from forebay.core.errors import (
+    DeadlineExceeded,
+    ForebayError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+    WorkerLost,
+)
 from forebay.rpc import methods
 from forebay.rpc.connector import Channel, Duplex, Method, Request, Response
 from forebay.rpc.v1 import worker_pb2
@@ -231,10 +238,14 @@ class WorkerLink:
             raise WorkerLost(f"worker {self.worker_id} is gone")
         try:
             return call.result()
+        except (InvalidRequest, Overloaded, Unavailable):
+            raise
         except DeadlineExceeded as error:
             if deadline.expired:
                 raise
             raise Unavailable(f"{self.worker_id} did not answer in time") from error
+        except ForebayError as error:
+            raise Unavailable(f"{self.worker_id}: {error.message}") from error
 
     def _heard(self, message: worker_pb2.StepsResponse) -> None:
         self._num_silent_ticks = 0

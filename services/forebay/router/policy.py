@@ -15,7 +15,7 @@ def choose(request: RouteRequest, view: Sequence[WorkerView]) -> Decision | None
     decodes at the lower cost; None while no worker has room to compute the prompt."""
     candidates = [
         worker
-        for worker in _accepting(request.model_id, view)
+        for worker in _accepting(request.model_key, view)
         if worker.worker_id not in request.excluded
     ]
     scores = {worker.worker_id: cost(worker) for worker in candidates}
@@ -33,9 +33,9 @@ def choose(request: RouteRequest, view: Sequence[WorkerView]) -> Decision | None
     return None
 
 
-def can_serve(model_id: str, view: Sequence[WorkerView]) -> bool:
+def can_serve(model_key: str, view: Sequence[WorkerView]) -> bool:
     """Whether the workers that are there, busy or not, make up a place for this model."""
-    workers = _accepting(model_id, view)
+    workers = _accepting(model_key, view)
     prefills = [worker for worker in workers if worker.role is WorkerRole.PREFILL]
     return any(
         worker.role is WorkerRole.MIXED
@@ -63,8 +63,8 @@ def compatible(prefill: WorkerView, decode: WorkerView) -> bool:
     return (prefill.model_key, prefill.kv_key) == (decode.model_key, decode.kv_key)
 
 
-def _accepting(model_id: str, view: Sequence[WorkerView]) -> list[WorkerView]:
-    return [worker for worker in view if worker.accepting and worker.model_id == model_id]
+def _accepting(model_key: str, view: Sequence[WorkerView]) -> list[WorkerView]:
+    return [worker for worker in view if worker.accepting and worker.model_key == model_key]
 
 
 def _rendezvous(request_id: str, worker_id: str) -> bytes:

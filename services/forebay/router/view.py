@@ -17,7 +17,6 @@ class WorkerView:
 
     worker_id: str
     role: WorkerRole
-    model_id: str
     model_key: str
     kv_key: str
     accepting: bool
@@ -29,10 +28,11 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class RouteRequest:
-    """excluded: workers that have refused this request in the present attempt."""
+    """model_key: of the workers that may take it. excluded: workers that have refused this request
+    in the present attempt."""
 
     request_id: str
-    model_id: str
+    model_key: str
     num_prompt_tokens: int
     excluded: frozenset[str] = frozenset()
 

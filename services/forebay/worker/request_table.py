@@ -14,8 +14,9 @@ from forebay.core.errors import InvalidRequest, RequestCancelled
 from forebay.engine.sequence import RequestKey
 from forebay.worker.requests import WorkerRequest
 
-ABORT_MEMORY_S = 30.0
-"""How long an abort that found nothing is remembered: its request may have been overtaken."""
+ENDED_MEMORY_S = 30.0
+"""How long an attempt that has ended is remembered, and one whose abort found nothing: a request
+may come late, or twice."""
 
 
 class RequestTable:
@@ -26,7 +27,7 @@ class RequestTable:
         self.num_expired = 0
         self._lease_s = lease_s
         self._by_key: dict[RequestKey, WorkerRequest] = {}
-        self._aborted: dict[RequestKey, tuple[int, float]] = {}
+        self._ended: dict[RequestKey, tuple[int, float]] = {}
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -50,21 +51,23 @@ class RequestTable:
         return [request for request in self if request.key.gateway_id in gateway_ids]
 
     def check_attempt(self, request: WorkerRequest) -> None:
-        """Raises RequestCancelled for an attempt whose abort came first, InvalidRequest for one
-        that a newer attempt has replaced."""
+        """Raises RequestCancelled for an attempt that has ended, or whose abort came first;
+        InvalidRequest for one that a newer attempt has replaced."""
         attempt = request.attempt
-        if request.key in self._aborted and self._aborted[request.key][0] >= attempt:
-            raise RequestCancelled(f"attempt {attempt} was aborted before it came")
         known = self._by_key.get(request.key)
         if known is not None and known.attempt > attempt:
             raise InvalidRequest(f"attempt {attempt} is over", param="attempt")
+        if request.key in self._ended and self._ended[request.key][0] >= attempt:
+            raise RequestCancelled(f"attempt {attempt} has ended")
 
     def enter(self, request: WorkerRequest) -> None:
         self._by_key[request.key] = request
         self.num_accepted += 1
 
     def remove(self, key: RequestKey) -> None:
-        self._by_key.pop(key, None)
+        request = self._by_key.pop(key, None)
+        if request is not None:
+            self.remember_end(key, request.attempt)
 
     def renew(self, gateway_id: str, request_ids: Iterable[str]) -> None:
         """Names that are not known here, or are another gateway's, have no effect."""
@@ -79,15 +82,15 @@ class RequestTable:
         now = clock.now()
         return [request for request in self._by_key.values() if request.lease.at <= now]
 
-    def remember_abort(self, key: RequestKey, attempt: int) -> None:
-        before, _ = self._aborted.get(key, (0, 0.0))
-        self._aborted[key] = (max(before, attempt), clock.now())
+    def remember_end(self, key: RequestKey, attempt: int) -> None:
+        before, _ = self._ended.get(key, (0, 0.0))
+        self._ended[key] = (max(before, attempt), clock.now())
 
-    def forget_aborts(self) -> None:
-        """Those that nothing has followed for ABORT_MEMORY_S."""
-        forgotten = clock.now() - ABORT_MEMORY_S
-        for key in [key for key, (_, since) in self._aborted.items() if since <= forgotten]:
-            del self._aborted[key]
+    def forget_ended(self) -> None:
+        """Those that nothing has followed for ENDED_MEMORY_S."""
+        forgotten = clock.now() - ENDED_MEMORY_S
+        for key in [key for key, (_, since) in self._ended.items() if since <= forgotten]:
+            del self._ended[key]
 
     def check_integrity(self) -> None:
         for key, request in self._by_key.items():

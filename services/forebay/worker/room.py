@@ -21,17 +21,28 @@ class Room:
 
     @property
     def prefill_tokens(self) -> int:
-        """0 when enough prompt tokens wait here already."""
+        """0 when enough prompt tokens wait here already, or not even the smallest prompt would be
+        let in."""
+        if not self._has_slot or self._num_spare_blocks < 1:
+            return 0
         return max(0, self._max_queued_tokens - self._engine.num_pending_prefill_tokens)
 
     def check(self, request: WorkerRequest) -> None:
         """Raises Overloaded: a prompt is let in only if every running sequence could still grow by
-        a block, those that wait (preempted ones too) could start, and a slot of the batch is free
-        for each of its choices."""
-        pool, engine = self._engine.pool, self._engine
-        num_seqs = self._requests.num_sequences
-        if num_seqs and num_seqs + len(request.start.choices) > engine.max_num_seqs:
-            raise Overloaded(f"{num_seqs} sequences are here already")
-        wanted = engine.num_waiting_blocks + pool.blocks_for(len(request.start.tokens))
-        if pool.num_available - wanted < engine.num_running:
+        a block, those that wait (preempted ones too) could start, and a slot of the batch is free.
+        One slot does for several choices: what has no place in a step waits for the next."""
+        if not self._has_slot:
+            raise Overloaded("as many sequences as fit into a batch are here already")
+        if self._engine.pool.blocks_for(len(request.start.tokens)) > self._num_spare_blocks:
             raise Overloaded("not enough free KV blocks")
+
+    @property
+    def _has_slot(self) -> bool:
+        """A prompt whose KV goes elsewhere is one sequence, whatever its choices."""
+        num_seqs = sum(1 if r.target is not None else len(r.going_on) for r in self._requests)
+        return num_seqs < self._engine.max_num_seqs
+
+    @property
+    def _num_spare_blocks(self) -> int:
+        engine = self._engine
+        return engine.pool.num_available - engine.num_waiting_blocks - engine.num_running

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from forebay.core import clock
 from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unavailable
@@ -37,6 +37,7 @@ from forebay.worker.transfer import ConnectorKvTransport, KvReceiver, KvSender
 SWEEP_S = 0.25
 """How often leases, health, absent gateways and silent streams are looked at."""
 IDLE_POLL_S = 0.05
+HELLO_S = 5.0
 FLUSH_S = 1.0
 """How long a worker that has drained waits for gateways to read the last outputs."""
 
@@ -234,7 +235,10 @@ class Worker:
     ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
         """What a gateway left here under an earlier stream ends with the next one's hello: it goes
         on by migration, if at all."""
-        hello: worker_pb2.StepsRequest | None = await anext(messages, None)
+        hello: worker_pb2.StepsRequest | None = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HELLO_S):
+                hello = await anext(messages, None)
         if hello is None or not hello.hello.gateway_id:
             raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
         self._check_alive()
@@ -247,7 +251,7 @@ class Worker:
         key = RequestKey(message.gateway_id, message.request_id)
         request = self._requests.get(key)
         if not message.choices and (request is None or request.attempt < message.attempt):
-            self._requests.remember_abort(key, message.attempt)
+            self._requests.remember_end(key, message.attempt)
         if request is None or request.attempt > message.attempt:
             return worker_pb2.AbortResponse(found=False)
         choices = request.going_on.intersection(message.choices or request.going_on)
@@ -394,6 +398,6 @@ class Worker:
                 message, resumable = "its lease ran out", True
                 self._requests.num_expired += 1
             self._fail(request, request.going_on, message, resumable=resumable)
-        self._requests.forget_aborts()
+        self._requests.forget_ended()
         self._end_all(self._streams.expire(clock.now() - self._settings.gateway_grace_s))
         self._streams.send_signs_of_life()

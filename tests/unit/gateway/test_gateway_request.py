@@ -22,7 +22,8 @@ from forebay.gateway.fleet import ServedModel
 from forebay.gateway.generation import ChoiceEnd, Chunk, Completion, Migrated
 from forebay.gateway.leg import Leg
 from forebay.gateway.placement import Placement
-from forebay.gateway.request import DEATH_SLACK_TOKENS, GatewayRequest
+from forebay.gateway.request import GatewayRequest
+from forebay.gateway.setbacks import DEATH_SLACK_TOKENS
 from forebay.gateway.worker_link import Blame
 from forebay.rpc.conversions import finish_to_proto, sampling_to_proto
 from forebay.rpc.v1 import worker_pb2
@@ -139,14 +140,14 @@ class World:
             )
             leg.deliver(self.prefill if i == begin else self.decode, output)  # type: ignore[arg-type]
 
-    def fail(self, leg: Leg, *, resumable: bool) -> None:
+    def fail(self, leg: Leg, *, resumable: bool, link: Link | None = None) -> None:
         output = worker_pb2.SequenceOutput(
             attempt=leg.spec.attempt,
             finish_reason=finish_to_proto(FinishReason.ERROR),
             error="it broke",
             resumable=resumable,
         )
-        leg.deliver(self.decode, output)  # type: ignore[arg-type]
+        leg.deliver(link or self.decode, output)  # type: ignore[arg-type]
 
 
 class Client:
@@ -443,6 +444,81 @@ async def test_one_of_several_suspects_is_not_guilty_yet() -> None:
     world.send(leg, len(ANSWER))
     await client.done()
     assert not world.poisoned
+
+
+@in_virtual_time
+async def test_a_first_token_lost_with_its_worker_is_missed() -> None:
+    """The decode worker goes on, but the answer's first token will never come."""
+    world = World()
+    client = Client(world.request())
+    first = await world.next_leg()
+    second_token = worker_pb2.SequenceOutput(attempt=1, offset=1, token_ids=[ANSWER[1]])
+    first.deliver(world.decode, second_token)  # type: ignore[arg-type]
+    lose(first, world.prefill)
+    second = await world.next_leg()
+    world.send(second, len(ANSWER))
+    await client.done()
+    assert client.text() == ANSWER.decode()
+
+
+@in_virtual_time
+async def test_a_late_failure_of_the_prefill_worker_moves_nothing() -> None:
+    world = World()
+    client = Client(world.request())
+    leg = await world.next_leg()
+    world.send(leg, 2)
+    world.fail(leg, resumable=True, link=world.prefill)
+    world.send(leg, len(ANSWER))
+    await client.done()
+    assert client.num_migrations == 0
+
+
+@in_virtual_time
+async def test_a_failure_of_a_choice_that_has_ended_ends_no_other() -> None:
+    world = World()
+    client = Client(world.request(n=2, stop=("holds",)))
+    leg = await world.next_leg()
+    world.send(leg, 20, choice=0)
+    world.fail(leg, resumable=False)
+    world.send(leg, len(ANSWER), choice=1)
+    await client.done()
+    assert client.text(0) == "a forebay " == client.text(1)
+
+
+@in_virtual_time
+async def test_what_breaks_several_legs_at_once_is_one_death() -> None:
+    world = World()
+    client = Client(world.request(n=2))
+    first = await world.next_leg()
+    world.send(first, 3, choice=0)
+    world.send(first, 3, choice=1)
+    lose(first, world.decode)
+    legs = []
+    for name in ("one", "other"):
+        legs.append(await world.next_leg())
+        world.decode = Link(name)
+    for leg in legs:
+        lose(leg, leg.placement.decode, Blame.SOLE)  # type: ignore[union-attr,arg-type]
+    for _ in legs:
+        leg = await world.next_leg()
+        world.send(leg, len(ANSWER), choice=leg.choices[0])
+    await client.done()
+    assert not world.poisoned
+
+
+@in_virtual_time
+async def test_a_second_hand_over_after_progress_needs_no_probation() -> None:
+    world = World()
+    client = Client(world.request())
+    for _ in range(3):
+        leg = await world.next_leg()
+        assert not leg.on_probation
+        world.send(leg, 5)
+        world.fail(leg, resumable=True)
+    leg = await world.next_leg()
+    assert not leg.on_probation
+    world.send(leg, len(ANSWER))
+    await client.done()
 
 
 @in_virtual_time

@@ -11,14 +11,13 @@ from forebay.core.roles import WorkerRole
 from forebay.router.policy import can_serve, choose, compatible, cost
 from forebay.router.view import Decision, RouteRequest, WorkerView
 
-REQUEST = RouteRequest("request", "m", 100)
+REQUEST = RouteRequest("request", "m/1", 100)
 
 
 def worker(worker_id: str, role: WorkerRole = WorkerRole.MIXED, **changes: object) -> WorkerView:
     view = WorkerView(
         worker_id=worker_id,
         role=role,
-        model_id="m",
         model_key="m/1",
         kv_key="1/layout",
         accepting=True,
@@ -78,7 +77,7 @@ def test_a_mixed_worker_alone_or_a_pair_whichever_is_cheaper() -> None:
         (prefill("p", prefill_room_tokens=-5), decode("d")),
         (worker("m", prefill_room_tokens=0),),
         (worker("m", accepting=False),),
-        (worker("m", model_id="other"),),
+        (worker("m", model_key="other"),),
         (prefill("p", accepting=False), decode("d")),
         (prefill("p", model_key="m/2"), decode("d")),
         (prefill("p", kv_key="2/layout"), decode("d")),
@@ -133,14 +132,14 @@ def test_ties_spread_over_requests_and_repeat_for_each() -> None:
         ((decode("d"),), False),
         ((prefill("p", kv_key="x"), decode("d")), False),
         ((worker("m", accepting=False),), False),
-        ((worker("m", model_id="x"),), False),
+        ((worker("m", model_key="x"),), False),
         ((), False),
     ],
 )
 def test_can_serve_looks_at_who_is_there_and_not_how_busy(
     view: tuple[WorkerView, ...], served: bool
 ) -> None:
-    assert can_serve("m", view) is served
+    assert can_serve("m/1", view) is served
 
 
 views = st.lists(
@@ -149,7 +148,7 @@ views = st.lists(
         worker_id=st.integers(0, 99).map(str),
         role=st.sampled_from(WorkerRole),
         accepting=st.booleans(),
-        model_id=st.sampled_from(("m", "x")),
+        model_key=st.sampled_from(("m/1", "x")),
         kv_key=st.sampled_from(("a", "b")),
         num_sequences=st.integers(0, 9),
         num_pending_prefill_tokens=st.integers(0, 2000),
@@ -168,7 +167,7 @@ def test_any_decision_can_be_carried_out(view: list[WorkerView], excluded: set[s
     by_id = {worker.worker_id: worker for worker in view}
     if decision is None:
         return
-    assert can_serve("m", view)
+    assert can_serve("m/1", view)
     assert decision == choose(request, list(reversed(view)))
     computes = by_id[decision.prefill or decision.decode]
     decodes = by_id[decision.decode]
@@ -176,6 +175,6 @@ def test_any_decision_can_be_carried_out(view: list[WorkerView], excluded: set[s
     assert compatible(computes, decodes)
     assert (decodes.role is WorkerRole.MIXED) is (decision.prefill is None)
     for chosen_worker in (computes, decodes):
-        assert chosen_worker.accepting and chosen_worker.model_id == "m"
+        assert chosen_worker.accepting and chosen_worker.model_key == "m/1"
         assert chosen_worker.worker_id not in excluded
         assert decision.scores[chosen_worker.worker_id] == cost(chosen_worker)

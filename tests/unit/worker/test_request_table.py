@@ -10,7 +10,7 @@ from forebay.core.errors import InvalidRequest, RequestCancelled
 from forebay.core.sampling import SamplingParams
 from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.simulator import loop
-from forebay.worker.request_table import ABORT_MEMORY_S, RequestTable
+from forebay.worker.request_table import ENDED_MEMORY_S, RequestTable
 from forebay.worker.requests import WorkerRequest
 
 LEASE_S = 10.0
@@ -100,17 +100,17 @@ async def test_a_newer_attempt_takes_the_place_of_an_older_one(table: RequestTab
 
 @with_table
 async def test_aborts_are_remembered_for_a_while(table: RequestTable) -> None:
-    table.remember_abort(RequestKey("g", "a"), 2)
-    table.remember_abort(RequestKey("g", "a"), 1)
+    table.remember_end(RequestKey("g", "a"), 2)
+    table.remember_end(RequestKey("g", "a"), 1)
     for attempt in (1, 2):
         with pytest.raises(RequestCancelled):
             table.check_attempt(request("a", attempt=attempt))
     table.check_attempt(request("a", attempt=3))
     table.check_attempt(request("a", gateway="h"))
-    await asyncio.sleep(ABORT_MEMORY_S - 1)
-    table.forget_aborts()
+    await asyncio.sleep(ENDED_MEMORY_S - 1)
+    table.forget_ended()
     with pytest.raises(RequestCancelled):
         table.check_attempt(request("a"))
     await asyncio.sleep(1)
-    table.forget_aborts()
+    table.forget_ended()
     table.check_attempt(request("a"))

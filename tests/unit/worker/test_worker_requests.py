@@ -18,7 +18,7 @@ from forebay.core.errors import (
 from forebay.core.finish import FinishReason
 from forebay.core.roles import WorkerRole
 from forebay.rpc.v1 import worker_pb2
-from forebay.worker.request_table import ABORT_MEMORY_S
+from forebay.worker.request_table import ENDED_MEMORY_S
 from forebay.worker.requests import accept
 
 
@@ -45,9 +45,9 @@ async def test_an_abort_that_overtakes_its_request_is_remembered() -> None:
                 await call(request)
             assert bench.worker.idle
         await bench.prefill(spec("prefill", attempt=2))
-        await asyncio.sleep(ABORT_MEMORY_S + 1)
+        await asyncio.sleep(ENDED_MEMORY_S + 1)
         assert len(bench.tokens("prefill")) == 5
-        assert not bench.worker._requests._aborted
+        assert not bench.worker._requests._ended
         bench.check_empty()
 
 
@@ -79,11 +79,24 @@ async def test_the_other_choice_may_end_with_its_first_token() -> None:
 async def test_every_choice_of_a_reservation_takes_a_place() -> None:
     async with running(WorkerRole.DECODE) as bench:
         await bench.reserve(spec("a", n=3))
+        await bench.reserve(spec("b", n=3))  # one place was left, and one is enough
         with pytest.raises(Overloaded):
-            await bench.reserve(spec("b", n=3))
+            await bench.reserve(spec("c"))
         await bench.worker.abort(abort_of(spec("a")))
-        await bench.reserve(spec("b", n=3))
+        await bench.reserve(spec("c"))
         await bench.worker.abort(abort_of(spec("b")))
+        await bench.worker.abort(abort_of(spec("c")))
+        bench.check_empty()
+
+
+@in_virtual_time
+async def test_a_replayed_call_does_not_begin_anew() -> None:
+    async with running() as bench:
+        await bench.prefill(spec(max_tokens=2))
+        await asyncio.sleep(5)
+        bench.check_empty()
+        with pytest.raises(RequestCancelled):
+            await bench.prefill(spec(max_tokens=2))
         bench.check_empty()
 
 
