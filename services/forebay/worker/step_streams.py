@@ -13,12 +13,33 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from forebay.core import clock
-from forebay.core.errors import ForebayError, InternalError, Overloaded, Unavailable
+from forebay.core.errors import (
+    ForebayError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from forebay.rpc.v1 import worker_pb2
 
 MAX_BUFFERED_MESSAGES = 4096
 STEP_HEARTBEAT_S = 0.5
 """An attached gateway hears something at least this often."""
+HELLO_S = 5.0
+"""How long a stream may be open before it says whose it is."""
+
+
+async def read_hello(messages: AsyncIterator[worker_pb2.StepsRequest]) -> str:
+    """The gateway's id. Raises InvalidRequest for a stream that begins with anything else, or with
+    nothing in time."""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            first = await anext(messages, None)
+    except TimeoutError:
+        first = None
+    if first is None or not first.hello.gateway_id:
+        raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
+    return first.hello.gateway_id
 
 
 @dataclass(slots=True, eq=False)

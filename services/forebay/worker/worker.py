@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 from forebay.core import clock
 from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unavailable
@@ -31,13 +31,12 @@ from forebay.worker.prefill import Transfers
 from forebay.worker.request_table import RequestTable
 from forebay.worker.requests import WorkerRequest, accept
 from forebay.worker.room import Room
-from forebay.worker.step_streams import StepStreams
+from forebay.worker.step_streams import StepStreams, read_hello
 from forebay.worker.transfer import ConnectorKvTransport, KvReceiver, KvSender
 
 SWEEP_S = 0.25
 """How often leases, health, absent gateways and silent streams are looked at."""
 IDLE_POLL_S = 0.05
-HELLO_S = 5.0
 FLUSH_S = 1.0
 """How long a worker that has drained waits for gateways to read the last outputs."""
 
@@ -235,15 +234,10 @@ class Worker:
     ) -> AsyncGenerator[worker_pb2.StepsResponse, None]:
         """What a gateway left here under an earlier stream ends with the next one's hello: it goes
         on by migration, if at all."""
-        hello: worker_pb2.StepsRequest | None = None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(HELLO_S):
-                hello = await anext(messages, None)
-        if hello is None or not hello.hello.gateway_id:
-            raise InvalidRequest("a step stream begins with a hello", param="hello.gateway_id")
+        gateway_id = await read_hello(messages)
         self._check_alive()
-        self._end_all((hello.hello.gateway_id,))
-        async with aclosing(self._streams.serve(hello.hello.gateway_id, messages)) as stream:
+        self._end_all((gateway_id,))
+        async with aclosing(self._streams.serve(gateway_id, messages)) as stream:
             async for message in stream:
                 yield message
 

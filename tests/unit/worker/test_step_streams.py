@@ -9,7 +9,7 @@ from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unava
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop
 from forebay.worker import step_streams
-from forebay.worker.step_streams import STEP_HEARTBEAT_S, StepStreams
+from forebay.worker.step_streams import STEP_HEARTBEAT_S, StepStreams, read_hello
 
 HELLO = worker_pb2.StepsResponse()
 Stream = AsyncGenerator[worker_pb2.StepsResponse, None]
@@ -323,5 +323,17 @@ def test_what_cannot_be_heard_ends_the_stream(broken: object, error: type[Except
         with pytest.raises(error):
             await anext(stream)
         assert not streams.is_attached("g")
+
+    loop.run(main())
+
+
+def test_a_stream_without_a_hello_ends_by_itself() -> None:
+    async def main() -> None:
+        async def nothing() -> AsyncIterator[worker_pb2.StepsRequest]:
+            await asyncio.Event().wait()
+            yield worker_pb2.StepsRequest()
+
+        with pytest.raises(InvalidRequest):
+            await read_hello(nothing())
 
     loop.run(main())
