@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+SEEDS ?= 2000
 PROTOS := $(wildcard protos/forebay/rpc/v1/*.proto)
 
-.PHONY: up down status install proto check test clean
+.PHONY: up down status install proto check test sim sim-bugs chaos vanish clean
 
 up: .venv/.local ## start the platform; options go into ARGS, as in make up ARGS="--engine sim"
 	$(BIN)/forebay up $(ARGS)
@@ -48,6 +49,19 @@ check: .venv/.dev ## formatting, lint, types, import contracts, protocols
 
 test: .venv/.dev ## the whole suite; a part of it: make test ARGS="tests/unit"
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: .venv/.dev ## real faults under 32 streams, both engines: 20 minutes
+	$(BIN)/python -m forebay_loadtest.chaos --output loadtest/results/chaos.json $(ARGS)
+
+vanish: .venv/.dev ## 1,000 clients that go away at every phase, then 100 with the real model
+	$(BIN)/python -m forebay_loadtest.vanish --output loadtest/results/vanish-sim.json $(ARGS)
+	$(BIN)/python -m forebay_loadtest.vanish --engine torch --output loadtest/results/vanish-torch.json
+
+sim: .venv/.dev ## seeded runs of whole platforms under faults, in virtual time: make sim SEEDS=10000
+	$(BIN)/python -m forebay.simulator --seeds $(SEEDS)
+
+sim-bugs: .venv/.dev ## the simulator finds three planted bugs
+	$(BIN)/python tests/sim/planted_bugs.py
 
 clean: ## what the other targets made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

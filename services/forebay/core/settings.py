@@ -55,7 +55,7 @@ class EngineSettings:
     sim_mean_output_tokens: int = 128
     """Mean answer length of the sim engine (geometric)."""
     sim_crash_text: str = ""
-    """A prompt with this text in it kills the sim engine's process, for drills; empty: none does."""
+    """A prompt with this text kills the sim engine's process, for drills; empty: none does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,8 @@ class Placer:
     ) -> Placement:
         """Waits in line for a place, `urgent` ones in front; every try raises `leg.spec.attempt`.
         The leg runs when this returns. `avoid`: workers to choose only when there is no other.
-        Raises Overloaded when there was no place in time, Unavailable when there was no worker."""
+        Raises DeadlineExceeded, Overloaded when there was no place in time, Unavailable when there
+        was no worker."""
 
         async def attempt() -> Placement | None:
             return await self._attempt(leg, avoid, deadline)
@@ -86,6 +87,7 @@ class Placer:
         try:
             return await self._queue.admit(attempt, queue_deadline, urgent=urgent)
         except Overloaded as error:
+            deadline.check("it waited for a worker")
             if not can_serve(leg.model_key, self._fleet.view()):
                 raise Unavailable("no worker is there for this model") from error
             raise

@@ -13,13 +13,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import (
-    DeadlineExceeded,
-    ForebayError,
-    InternalError,
-    Unavailable,
-    WorkerLost,
-)
+from forebay.core.errors import ForebayError, InternalError, Unavailable, WorkerLost
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.gateway.choice import ChoiceText
@@ -223,8 +217,7 @@ class GatewayRequest:
             else:
                 await self._place_again(leg, avoid)
         except ForebayError as error:
-            late = DeadlineExceeded("the request's deadline passed while it waited for a worker")
-            self._signals.put(Stranded(leg, late if self._deadline.expired else error))
+            self._signals.put(Stranded(leg, error))
         except Exception:
             log.exception("%s cannot be placed again", leg.spec.request_id)
             self._signals.put(Stranded(leg, InternalError("the request could not go on")))
