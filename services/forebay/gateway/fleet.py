@@ -13,7 +13,7 @@ from forebay.core import clock
 from forebay.core.clock import Deadline
 from forebay.core.errors import ForebayError, Unavailable
 from forebay.core.settings import GatewaySettings
-from forebay.gateway.worker_link import WorkerLink
+from forebay.gateway.worker_link import WorkerLink, model_key
 from forebay.router.view import WorkerView
 from forebay.rpc.connector import Connector
 from forebay.rpc.conversions import role_from_proto
@@ -112,7 +112,7 @@ class Fleet:
             if link.lost or info.tokenizer_hash not in self._tokenizers:
                 continue
             known = served.get(info.id)
-            if known is not None and known.key != model_key(info):
+            if known is not None and known.key != link.model_key:
                 continue  # in a rolling update the revision that was there first
             served[info.id] = ServedModel(
                 info=info,
@@ -213,11 +213,6 @@ def _check_usable(worker: worker_pb2.WorkerDescription) -> None:
         raise Unavailable(f"its role {worker.role} is unknown here") from None
 
 
-def model_key(info: worker_pb2.ModelInfo) -> str:
-    """Equal for workers whose tokens mean the same."""
-    return "/".join((info.id, info.revision, info.adapter, info.tokenizer_hash))
-
-
 def _view_of(link: WorkerLink) -> WorkerView:
     worker, load = link.description, link.load
     blocks = load.kv_blocks
@@ -225,8 +220,8 @@ def _view_of(link: WorkerLink) -> WorkerView:
     return WorkerView(
         worker_id=worker.worker_id,
         role=role_from_proto(worker.role),
-        model_key=model_key(worker.model),
-        kv_key=f"{worker.protocol_version}/{worker.kv_layout.SerializeToString().hex()}",
+        model_key=link.model_key,
+        kv_key=link.kv_key,
         accepting=not (link.lost or link.draining or worker.draining or is_silent),
         num_sequences=load.num_running + load.num_waiting + link.num_sent_sequences,
         num_pending_prefill_tokens=load.num_pending_prefill_tokens + link.num_sent_tokens,

@@ -70,9 +70,15 @@ class Inbox(Protocol):
         """The worker is gone; nothing more will come from it."""
 
 
+def model_key(info: worker_pb2.ModelInfo) -> str:
+    """Equal for workers whose tokens mean the same."""
+    return "/".join((info.id, info.revision, info.adapter, info.tokenizer_hash))
+
+
 class WorkerLink:
-    """Void once `lost`: the fleet then makes a new one. `on_change` is called after every message
-    and when the link is lost. `silence_s`: how long the worker may say nothing."""
+    """Void once `lost`: the fleet then makes a new one. `model_key`, `kv_key`: as in `WorkerView`;
+    they never change. `on_change` is called after every message and when the link is lost.
+    `silence_s`: how long the worker may say nothing."""
 
     def __init__(
         self,
@@ -83,6 +89,9 @@ class WorkerLink:
         on_change: Callable[[], None],
     ) -> None:
         self.description = description
+        self.model_key = model_key(description.model)
+        layout = description.kv_layout.SerializeToString()
+        self.kv_key = f"{description.protocol_version}/{layout.hex()}"
         self.load = description.load
         self.draining = description.draining
         self.num_sent_tokens = 0

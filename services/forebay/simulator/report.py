@@ -22,6 +22,7 @@ from forebay.simulator.scenario import (
 
 STUCK_S = 60
 """Wall time after which a seed's code counts as stuck outside of the event loop."""
+SEEDS_PER_S = 20
 _CHUNK = 8
 
 
@@ -79,6 +80,8 @@ class Report:
         if self.num_seeds >= 500:
             kinds = [kind.name for kind in FAULTS] + list(ENVIRONMENTS)
             short += [f"no {kind} took place" for kind in kinds if not self.verified[kind]]
+            if self.wall_s and self.seeds_per_s < SEEDS_PER_S:
+                short.append(f"{self.seeds_per_s:.1f} seeds/s, {SEEDS_PER_S} wanted on two cores")
         return short
 
     def last_line(self) -> str:
