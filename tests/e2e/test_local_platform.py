@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from local_platform import COMMAND_LIMIT_S, LocalPlatform
+from local_platform import LocalPlatform
 
 pytestmark = pytest.mark.e2e
 
@@ -117,26 +115,9 @@ def test_a_lost_raylet_brings_new_workers(sim_platform: LocalPlatform) -> None:
 
 def test_scaling_up_and_down(sim_platform: LocalPlatform) -> None:
     (before,) = sim_platform.workers("decode")
-    scale(sim_platform, "decode", 2)
+    assert sim_platform.run("scale", "decode", "2").returncode == 0
     sim_platform.wait_until(lambda: len(sim_platform.workers("decode")) == 2)
-    scale(sim_platform, "decode", 1)
+    assert sim_platform.run("scale", "decode", "1").returncode == 0
     sim_platform.wait_until(lambda: len(sim_platform.workers("decode")) == 1)
     assert sim_platform.workers("decode")[0]["epoch"] == before["epoch"]
     assert_answers(sim_platform)
-
-
-def scale(platform: LocalPlatform, role: str, replicas: int) -> None:
-    """As an autoscaler on this machine would, with the head's own token."""
-    state = platform.run_state()
-    environment = {
-        **platform.environment,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": os.path.join(state["temp_dir"], "token"),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    module = [sys.executable, "-m", "forebay.deploy.serve_apps"]
-    command = [*module, f"--address={state['ray_address']}", "scale", role, str(replicas)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=COMMAND_LIMIT_S
-    )
-    assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ _COMMANDS = {
     "chat": "Talk to the platform's model.",
     "down": "End the local platform.",
     "models": "List the models that the platform serves.",
+    "scale": "Change a pool's number of workers.",
     "status": "Show the workers of the local platform.",
     "up": "Start a platform on this machine.",
 }

@@ -7,9 +7,9 @@ gateway, workers through Ray Serve, Ray, everything that is left.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -17,10 +17,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from forebay.core.errors import ConfigurationError, Unavailable
-from forebay.core.settings import REDIS_URL_VARIABLE
+from forebay.core.errors import ConfigurationError, ForebayError, Unavailable
+from forebay.core.settings import (
+    CACHE_SALT_VARIABLE,
+    REDIS_URL_VARIABLE,
+    GatewaySettings,
+    load,
+)
 from forebay.deploy import ray_cluster
 from forebay.deploy.http_probe import http_status
+from forebay.deploy.left_workers import LeftWorkers
+from forebay.deploy.liveness import Liveness
 from forebay.deploy.options import PlatformPlan, child_environment
 from forebay.deploy.ports import LOOPBACK, free_ports
 from forebay.deploy.processes import (
@@ -37,8 +44,10 @@ from forebay.deploy.processes import (
 )
 from forebay.deploy.ray_cluster import RayHead
 from forebay.deploy.run_state import RAY_LOG_FOLDER
+from forebay.deploy.serve_messages import helper_error
 from forebay.deploy.services import AdoptedService, Service
 from forebay.deploy.valkey import EmbeddedValkey
+from forebay.rpc.v1 import worker_pb2
 from forebay.store.redis_registry import RedisRegistry
 
 REDIS_LIMIT_S = 15.0
@@ -48,8 +57,9 @@ GATEWAY_LIMIT_S = 60.0
 HELPER_MARGIN_S = 30.0
 """What a helper gets on top of its work: importing Ray, connecting."""
 QUICK_END_S = 5.0
-REVIVE_PERIOD_S = 20.0
+REVIVE_PERIOD_S = 5.0
 """Between two tries to start a lost Ray head."""
+PROBE_TIMEOUT_S = 3.0
 _POLL_S = 0.1
 
 logger = logging.getLogger("forebay.supervisor")
@@ -61,12 +71,15 @@ class Platform:
     def __init__(self, plan: PlatformPlan, instance: str, folder: Path, log_dir: Path) -> None:
         self._plan = plan
         self._instance = instance
+        self._salt = load(GatewaySettings).cache_salt or secrets.token_hex(16)
         self._folder = folder
         self._log_dir = log_dir
         self._valkey: EmbeddedValkey | None = None
         self._ray: RayHead | None = None
         self._raylet: ProcessRecord | None = None
         self._services: dict[str, Service] = {}
+        self._liveness: dict[str, Liveness] = {"gateway": Liveness(self._gateway_answers)}
+        self._left_workers: LeftWorkers | None = None
         self._revive_at = 0.0
 
     @property
@@ -101,6 +114,7 @@ class Platform:
             return "external"
         valkey = EmbeddedValkey.prepare(LOOPBACK, free_ports(1)[0])
         self._valkey = valkey
+        self._liveness["valkey"] = Liveness(lambda: asyncio.to_thread(valkey.answers))
         environment = child_environment({INSTANCE_VARIABLE: self._instance})
         log = self.log("valkey")
         service = self._start_service(
@@ -166,31 +180,67 @@ class Platform:
     # --- watch -----------------------------------------------------------------------------
 
     async def tend(self) -> None:
-        """Starts again what has ended; for a platform that was ready once. Serve itself replaces
-        workers. Raises ForebayError when Ray cannot be started: the next calls try again."""
+        """Starts again what has ended, and ends what hangs; for a platform that was ready once.
+        Serve itself replaces workers. Raises ForebayError when Ray cannot be started: the next
+        calls try again."""
         now = asyncio.get_running_loop().time()
         reap_adopted(pid for item in self._services.values() if (pid := item.pid) is not None)
         for service in list(self._services.values()):
+            self._end_if_hung(service)
             service.tend(now)
+        await self._tend_left_workers(now)
         if (self._raylet is None or not self._raylet.alive) and now >= self._revive_at:
             self._revive_at = now + REVIVE_PERIOD_S
             await self._revive_ray()
 
+    def _end_if_hung(self, service: Service) -> None:
+        liveness, record = self._liveness.get(service.name), service.record
+        if liveness is not None and record is not None and liveness.hung(record):
+            logger.warning("%s does not answer: ending it", service.name)
+            record.signal(signal.SIGKILL)
+
+    async def _gateway_answers(self) -> bool:
+        port = self._plan.http_port
+        return await http_status(self._plan.host, port, "/health", PROBE_TIMEOUT_S) == 200
+
     async def _revive_ray(self) -> None:
-        """Workers died with the raylet. The control store's files bring the pools back."""
+        """The control store's files bring the pools back; until their new workers are there, those
+        that the raylet has left serve on."""
         logger.warning("the raylet ended: starting Ray again")
         self._raylet = None
         self._services.pop("gcs", None)
         known = {service.pid for service in self._services.values()}
         orphans = [item for item in self.processes if item.pid not in known]
-        await asyncio.to_thread(end_processes, orphans, QUICK_END_S)
+        workers = ray_cluster.replicas(orphans)
+        now = asyncio.get_running_loop().time()
+        self._left_workers = LeftWorkers(workers, await self._registered(), now)
+        others = [item for item in orphans if item not in workers]
+        await asyncio.to_thread(end_processes, others, QUICK_END_S)
         await self._start_ray_head()
         logger.info("Ray runs again")
+
+    async def _tend_left_workers(self, now: float) -> None:
+        if self._left_workers is not None:
+            registered = await self._registered()
+            if self._left_workers.tend(registered, now, self._plan.worker_drain_s):
+                self._left_workers = None
+
+    async def _registered(self) -> list[worker_pb2.WorkerDescription] | None:
+        """None when the registry cannot be read."""
+        registry = RedisRegistry.connect(self.redis_url)
+        try:
+            return await registry.list_workers()
+        except ForebayError:
+            return None
+        finally:
+            await registry.close()
 
     # --- end -------------------------------------------------------------------------------
 
     async def end(self, *, drain: bool) -> None:
         """Leaves no process and no temporary file. `drain`: running streams may finish first."""
+        for liveness in self._liveness.values():
+            liveness.close()
         if (gateway := self._services.pop("gateway", None)) is not None:
             await self._end_gateway(gateway, self._plan.gateway_drain_s if drain else 0.0)
         if drain and self._raylet is not None and self._raylet.alive:
@@ -241,6 +291,8 @@ class Platform:
             variables.update(self._ray.variables)
         variables[REDIS_URL_VARIABLE] = self.redis_url
         variables[INSTANCE_VARIABLE] = self._instance
+        # One for the platform's life: a gateway that starts again knows its caches and poison list.
+        variables[CACHE_SALT_VARIABLE] = self._salt
         return child_environment(variables)
 
     def _start_service(self, name: str, spawn: Callable[[], subprocess.Popen[bytes]]) -> Service:
@@ -303,18 +355,11 @@ class Platform:
         with self.log(name).open("ab") as log:
             log.write(out)
         if process.returncode != 0:
-            raise _failure(out) or Unavailable(self._last_line(name, process.returncode))
+            if reason := helper_error(out):
+                raise ConfigurationError(reason)
+            raise Unavailable(self._last_line(name, process.returncode))
 
     def _last_line(self, name: str, code: int | None) -> str:
         lines = self.log(name).read_text(errors="replace").split("\n")
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{name} ended with code {code}: {reason}" if reason else f"{name} ended: {code}"
-
-
-def _failure(out: bytes) -> ConfigurationError | None:
-    for line in reversed(out.splitlines()):
-        try:
-            return ConfigurationError(json.loads(line)["error"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None

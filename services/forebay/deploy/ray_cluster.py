@@ -22,10 +22,15 @@ LOGICAL_CPUS = 4
 """Bounds how many replicas start at once; a replica asks for a small fraction of one."""
 RECONNECT_S = 600
 """How long Ray's processes wait for a lost control store before they give up."""
+RAYLET_CHECK_MS = 10**12
+"""Ray's workers look this often whether their raylet lives, and end when it does not: never, here.
+They serve on without it, and `LeftWorkers` ends them once others have taken their place."""
 
+TOKEN_NAME = "token"
 GCS_NAME = "gcs_server"
 RAYLET_NAME = "raylet"
 
+_REPLICA_TITLE = "ray::ServeReplica:"
 _UNNEEDED = ("ray.util.client.server", "dashboard/dashboard.py")
 
 
@@ -41,13 +46,10 @@ class RayHead:
     def prepare(cls, folder: Path) -> RayHead:
         port, *spare = free_ports(4)
         head = cls(folder, port, (spare[0], spare[1], spare[2]))
-        head._token_path.touch(mode=0o600)
-        head._token_path.write_text(secrets.token_hex(32))
+        token_path = folder / TOKEN_NAME
+        token_path.touch(mode=0o600)
+        token_path.write_text(secrets.token_hex(32))
         return head
-
-    @property
-    def _token_path(self) -> Path:
-        return self.folder / "token"
 
     @property
     def session_logs(self) -> Path:
@@ -61,21 +63,21 @@ class RayHead:
     def variables(self) -> dict[str, str]:
         """For the head and for every client of it."""
         return {
-            # Without it Ray replaces a loopback address by the host's own.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._token_path),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **client_variables(self.folder, self.address),
             "RAY_gcs_storage": "rocksdb",
             "RAY_gcs_storage_path": str(self.folder / "gcs"),
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_S),
+            "RAY_raylet_death_check_interval_milliseconds": str(RAYLET_CHECK_MS),
             "RAY_enable_metrics_collection": "0",
             "RAY_prestart_worker_first_driver": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_event_stats": "0",
             "RAY_DASHBOARD_DISABLE_METRICS": "1",
             "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+            # With MAX_START_FAILURES of the deployments: the smaller one counts.
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
+            # A replica that fails its health checks cannot drain: it hangs, or cannot compute.
+            "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         }
 
     @property
@@ -101,8 +103,33 @@ class RayHead:
         return [*program, "start", "--head", "--no-monitor", "--disable-usage-stats", *flags]
 
 
+def client_variables(folder: Path, address: str) -> dict[str, str]:
+    """What a client of the head over `folder` needs in its environment."""
+    return {
+        # Without it Ray replaces a loopback address by the host's own.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ADDRESS": address,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_NAME),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
 def find(records: Iterable[ProcessRecord], name: str) -> ProcessRecord | None:
     return next((record for record in records if record.name == name), None)
+
+
+def replicas(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
+    """The processes among `records` that host a worker."""
+    return [record for record in records if _first_argument(record).startswith(_REPLICA_TITLE)]
+
+
+def _first_argument(record: ProcessRecord) -> str:
+    try:
+        arguments, _ = command_of(record)
+    except OSError:
+        return ""
+    return arguments[0] if arguments else ""
 
 
 def end_unneeded(records: Iterable[ProcessRecord]) -> None:

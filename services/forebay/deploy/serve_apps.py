@@ -28,8 +28,11 @@ from forebay.deploy.serve_messages import root_cause
 
 REPLICA_CPUS = 0.05
 """Logical: placement on one machine is not Ray's to limit."""
-HEALTH_PERIOD_S = 2.0
-HEALTH_TIMEOUT_S = 10.0
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 3.0
+"""Serve replaces a worker after three failures in a row: one that hangs after about 12 s."""
+MAX_START_FAILURES = 1_000_000
+"""Serve would give a pool up after a few workers that failed to start, and never try again."""
 SHUTDOWN_MARGIN_S = 10.0
 """What a draining worker gets on top of its own limit before Serve kills it."""
 CONTROLLER_LIMIT_S = 30.0
@@ -50,6 +53,7 @@ def application(role: WorkerRole, num_replicas: int) -> serve.Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=drain_s + SHUTDOWN_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=MAX_START_FAILURES,
     )
     bound: serve.Application = decorate(WorkerReplica).bind(role.value)
     return bound

@@ -1,6 +1,8 @@
-"""Reading what Ray Serve says about a failed replica. No ray here."""
+"""Reading what Ray Serve and its helper say about failures. No ray here."""
 
 from __future__ import annotations
+
+import json
 
 
 def root_cause(message: str) -> str:
@@ -16,3 +18,13 @@ def root_cause(message: str) -> str:
     if separator and head.startswith("forebay.core.errors."):
         return text
     return cause
+
+
+def helper_error(out: bytes) -> str:
+    """What a run of `serve_apps` has printed as its `error`; empty when it gave none."""
+    for line in reversed(out.splitlines()):
+        try:
+            return str(json.loads(line)["error"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return ""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from forebay.deploy.processes import ProcessRecord
 
-FIRST_DELAY_S = 0.5
+FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 30.0
-SETTLED_S = 60.0
-"""A process that lived this long starts again with the first delay."""
+SETTLED_S = 5.0
+"""A process that lived this long starts again with the first delay: what fails by its own fault
+does so sooner."""
 
 logger = logging.getLogger("forebay.supervisor")
 

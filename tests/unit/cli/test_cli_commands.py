@@ -43,6 +43,10 @@ def test_needs_a_platform(command: str) -> None:
     assert_one_line(run(command), "no platform runs here")
 
 
+def test_scale_needs_a_platform() -> None:
+    assert_one_line(run("scale", "decode", "2"), "no platform runs here")
+
+
 def test_down_is_idempotent() -> None:
     result = run("down")
     assert result.exit_code == 0
@@ -57,6 +61,9 @@ def test_down_is_idempotent() -> None:
         ["up", "--http-port", "99999"],
         ["up", "--engine", "magic"],
         ["chat", "hi", "--max-tokens", "0"],
+        ["scale", "decode"],
+        ["scale", "decode", "-1"],
+        ["scale", "nonsense", "1"],
         ["nonsense"],
     ],
 )

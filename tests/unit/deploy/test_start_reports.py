@@ -9,7 +9,7 @@ import pytest
 
 from forebay.deploy.progress import Event, ProgressWriter, Stage
 from forebay.deploy.run_state import LOG_NAME, RAY_LOG_FOLDER
-from forebay.deploy.serve_messages import root_cause
+from forebay.deploy.serve_messages import helper_error, root_cause
 from forebay.deploy.supervisor import clear_logs
 
 
@@ -67,3 +67,17 @@ def test_only_our_own_logs_are_cleared(tmp_path: Path) -> None:
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {LOG_NAME, "thesis.txt", "notes/a.txt"}
     assert (tmp_path / LOG_NAME).read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [
+        (b'noise\n{"error": "first"}\n{"error": "last"}\n', "last"),
+        (b'{"error": "it"}\nTraceback: noise\n', "it"),
+        (b'{"detail": "done"}\n', ""),
+        (b"[1]\n\xff\n", ""),
+        (b"", ""),
+    ],
+)
+def test_the_helpers_last_error(out: bytes, error: str) -> None:
+    assert helper_error(out) == error

@@ -1,0 +1,116 @@
+"""Which faults, how many of each, and in which order. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from forebay.core.errors import ConfigurationError
+
+
+class Target(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    GATEWAY = "gateway"
+    VALKEY = "valkey"
+    GCS = "gcs"
+    RAYLET = "raylet"
+    HEAD = "head"
+    """GCS and raylet."""
+
+
+class Act(StrEnum):
+    KILL = "kill"
+    """SIGKILL."""
+    STOP = "stop"
+    """SIGSTOP, and nothing more: the platform must notice and replace the process."""
+    PAUSE = "pause"
+    """SIGSTOP, and SIGCONT before a lease runs out."""
+    DRAIN = "drain"
+    """SIGTERM."""
+    SCALE = "scale"
+    """One worker fewer through Ray Serve, then one more."""
+    AWAY = "away"
+    """SIGKILL, and nobody starts it again for more than a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaultKind:
+    target: Target
+    act: Act
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} {self.act}"
+
+    @property
+    def worker(self) -> bool:
+        return self.target in (Target.PREFILL, Target.DECODE)
+
+    @property
+    def ray(self) -> bool:
+        """Nothing replaces a worker while it lasts, so no other fault goes with it."""
+        return self.target in (Target.GCS, Target.RAYLET, Target.HEAD)
+
+    @property
+    def group(self) -> str:
+        """Within a group a fault waits until the one before it is over."""
+        return "edge" if self.target in (Target.GATEWAY, Target.VALKEY) else str(self.target)
+
+    @property
+    def may_lose(self) -> bool:
+        """Streams of a gateway that is lost are lost with it."""
+        return self.target is Target.GATEWAY and self.act is not Act.PAUSE
+
+
+SHARES: Mapping[FaultKind, float] = {
+    FaultKind(Target.PREFILL, Act.KILL): 12,
+    FaultKind(Target.PREFILL, Act.STOP): 2,
+    FaultKind(Target.PREFILL, Act.PAUSE): 8,
+    FaultKind(Target.PREFILL, Act.DRAIN): 5,
+    FaultKind(Target.PREFILL, Act.SCALE): 1,
+    FaultKind(Target.DECODE, Act.KILL): 12,
+    FaultKind(Target.DECODE, Act.STOP): 2,
+    FaultKind(Target.DECODE, Act.PAUSE): 8,
+    FaultKind(Target.DECODE, Act.DRAIN): 5,
+    FaultKind(Target.DECODE, Act.SCALE): 1,
+    FaultKind(Target.GATEWAY, Act.KILL): 6,
+    FaultKind(Target.GATEWAY, Act.STOP): 2,
+    FaultKind(Target.GATEWAY, Act.PAUSE): 8,
+    FaultKind(Target.GATEWAY, Act.DRAIN): 2,
+    FaultKind(Target.VALKEY, Act.KILL): 8,
+    FaultKind(Target.VALKEY, Act.STOP): 3,
+    FaultKind(Target.VALKEY, Act.PAUSE): 8,
+    FaultKind(Target.GCS, Act.KILL): 3,
+    FaultKind(Target.RAYLET, Act.KILL): 1,
+}
+"""Relative; the kinds that take longest to heal are the rarest."""
+ONCE = FaultKind(Target.HEAD, Act.AWAY)
+"""More than a minute by itself."""
+
+
+def plan_faults(num_faults: int, seed: int, only: Sequence[str] = ()) -> list[FaultKind]:
+    """At least one of each kind when there are enough; the same for the same seed. `only`: names
+    of kinds, in turn, where not all are wanted. Raises ConfigurationError for an unknown one."""
+    if only:
+        by_name = {kind.name: kind for kind in (*SHARES, ONCE)}
+        if unknown := [name for name in only if name not in by_name]:
+            raise ConfigurationError(f"no such fault: {unknown[0]}; there are {', '.join(by_name)}")
+        return [by_name[only[index % len(only)]] for index in range(num_faults)]
+    kinds = list(SHARES)
+    rng = random.Random(seed)
+    if num_faults <= len(kinds):
+        return rng.sample(kinds, num_faults)
+    total = sum(SHARES.values())
+    left = num_faults - 1
+    counts = {kind: max(1, int(left * SHARES[kind] / total)) for kind in kinds}
+    by_share = sorted(kinds, key=lambda kind: SHARES[kind], reverse=True)
+    while (missing := left - sum(counts.values())) != 0:
+        for kind in by_share[: abs(missing)]:
+            counts[kind] += 1 if missing > 0 else -1
+    plan = [kind for kind in kinds for _ in range(counts[kind])]
+    rng.shuffle(plan)
+    plan.insert(len(plan) // 2, ONCE)
+    return plan
