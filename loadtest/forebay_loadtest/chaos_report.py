@@ -241,7 +241,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
                 "fault": fault.kind.name if fault is not None else None,
             }
             for stream in outcome.streams
-            if stream.ending in _BAD
+            if stream.ending in _BAD and stream.ending != "refused"
             for fault in [blame(stream, _sorted(outcome.faults))]
         ],
         "different": [
