@@ -241,7 +241,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
                 "fault": fault.kind.name if fault is not None else None,
             }
             for stream in outcome.streams
-            if stream.ending in _BAD and stream.ending != "refused"
+            if stream.ending in _BAD and stream.ending is not Ending.REFUSED
             for fault in [blame(stream, _sorted(outcome.faults))]
         ],
         "different": [
