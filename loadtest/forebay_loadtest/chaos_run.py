@@ -147,14 +147,10 @@ class ChaosRun:
 
 
 def next_fault(waiting: Sequence[FaultKind], under_way: Sequence[FaultKind]) -> FaultKind | None:
-    """The first that may begin: one at a time in each group, and nothing beside a fault of Ray's,
-    which is not overtaken either."""
-    if any(kind.ray for kind in under_way):
-        return None
-    busy = {kind.group for kind in under_way}
+    """The first that may begin beside those under way; one that must be alone is not overtaken."""
     for kind in waiting:
-        if kind.ray:
-            return None if under_way else kind
-        if kind.group not in busy:
+        if all(kind.goes_with(other) for other in under_way):
             return kind
+        if kind.alone:
+            return None
     return None

@@ -50,14 +50,22 @@ class FaultKind:
         return self.target in (Target.PREFILL, Target.DECODE)
 
     @property
-    def ray(self) -> bool:
-        """Nothing replaces a worker while it lasts, so no other fault goes with it."""
-        return self.target in (Target.GCS, Target.RAYLET, Target.HEAD)
+    def alone(self) -> bool:
+        """Workers are replaced by a new head, so no other fault goes with it."""
+        return self.target in (Target.RAYLET, Target.HEAD)
 
     @property
     def group(self) -> str:
         """Within a group a fault waits until the one before it is over."""
         return "edge" if self.target in (Target.GATEWAY, Target.VALKEY) else str(self.target)
+
+    def goes_with(self, other: FaultKind) -> bool:
+        """Whether both may be under way at once. Scaling asks the control store."""
+        if self.alone or other.alone or self.group == other.group:
+            return False
+        return not (
+            Act.SCALE in (self.act, other.act) and Target.GCS in (self.target, other.target)
+        )
 
     @property
     def may_lose(self) -> bool:
@@ -66,24 +74,24 @@ class FaultKind:
 
 
 SHARES: Mapping[FaultKind, float] = {
-    FaultKind(Target.PREFILL, Act.KILL): 12,
+    FaultKind(Target.PREFILL, Act.KILL): 9,
     FaultKind(Target.PREFILL, Act.STOP): 2,
-    FaultKind(Target.PREFILL, Act.PAUSE): 8,
-    FaultKind(Target.PREFILL, Act.DRAIN): 5,
+    FaultKind(Target.PREFILL, Act.PAUSE): 9,
+    FaultKind(Target.PREFILL, Act.DRAIN): 4,
     FaultKind(Target.PREFILL, Act.SCALE): 1,
-    FaultKind(Target.DECODE, Act.KILL): 12,
+    FaultKind(Target.DECODE, Act.KILL): 9,
     FaultKind(Target.DECODE, Act.STOP): 2,
-    FaultKind(Target.DECODE, Act.PAUSE): 8,
-    FaultKind(Target.DECODE, Act.DRAIN): 5,
+    FaultKind(Target.DECODE, Act.PAUSE): 9,
+    FaultKind(Target.DECODE, Act.DRAIN): 4,
     FaultKind(Target.DECODE, Act.SCALE): 1,
-    FaultKind(Target.GATEWAY, Act.KILL): 6,
+    FaultKind(Target.GATEWAY, Act.KILL): 5,
     FaultKind(Target.GATEWAY, Act.STOP): 2,
-    FaultKind(Target.GATEWAY, Act.PAUSE): 8,
-    FaultKind(Target.GATEWAY, Act.DRAIN): 2,
+    FaultKind(Target.GATEWAY, Act.PAUSE): 7,
+    FaultKind(Target.GATEWAY, Act.DRAIN): 1,
     FaultKind(Target.VALKEY, Act.KILL): 8,
-    FaultKind(Target.VALKEY, Act.STOP): 3,
+    FaultKind(Target.VALKEY, Act.STOP): 2,
     FaultKind(Target.VALKEY, Act.PAUSE): 8,
-    FaultKind(Target.GCS, Act.KILL): 3,
+    FaultKind(Target.GCS, Act.KILL): 5,
     FaultKind(Target.RAYLET, Act.KILL): 1,
 }
 """Relative; the kinds that take longest to heal are the rarest."""

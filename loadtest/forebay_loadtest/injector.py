@@ -58,7 +58,9 @@ class Injector:
 
     async def _strike_worker(self, kind: FaultKind, fault: FaultRecord) -> None:
         role = str(kind.target)
-        status = await self._watch.until(lambda s: self._whole(s, role), HEAL_LIMIT_S)
+        status = self._watch.latest
+        if status is None or not self._whole(status, role):
+            status = await self._watch.until(lambda s: self._whole(s, role), HEAL_LIMIT_S)
         if kind.act is Act.SCALE:
             await self._scale(role, fault)
         else:
@@ -158,11 +160,11 @@ class Injector:
                 away = time.monotonic() - fault.at
                 fault.evidence += f", still away after {away:.0f} s"
             run.supervisor.signal(signal.SIGCONT)
-        gone = set() if kind.target is Target.GCS else old
+        restarted = kind.target is Target.GCS
 
         def back(status: PlatformStatus) -> bool:
-            whole = all(self._whole(status, role, gone) for role in self._pools)
-            return whole and status.gateway_ready and proc.listener(gcs_port) is not None
+            renewed = restarted or all(self._whole(status, role, old) for role in self._pools)
+            return renewed and status.gateway_ready and proc.listener(gcs_port) is not None
 
         await self._heal(fault, back)
 

@@ -59,6 +59,7 @@ class Worker:
         self.metrics_url = ""
         self.draining = False
         self._stopped = False
+        self._said_full = False
         self._settings = settings
         self._runner = runner
         self._protocol_version = protocol_version
@@ -294,6 +295,8 @@ class Worker:
         self._transfers.abort(request.key)
         self.engine.abort(request.key)
         self._loop.wake()
+        if self._said_full and self._room.prefill_tokens:
+            self._streams.announce()
 
     def _end_all(self, gateway_ids: Collection[str]) -> None:
         for request in self._requests.of_gateways(gateway_ids):
@@ -319,11 +322,10 @@ class Worker:
     def _message(
         self, outputs: Collection[worker_pb2.SequenceOutput] = ()
     ) -> worker_pb2.StepsResponse:
+        load = self.load()
+        self._said_full = load.prefill_room_tokens == 0
         return worker_pb2.StepsResponse(
-            step=self._loop.num_steps,
-            outputs=outputs,
-            load=self.load(),
-            draining=self.draining,
+            step=self._loop.num_steps, outputs=outputs, load=load, draining=self.draining
         )
 
     def _on_message(self, gateway_id: str, message: worker_pb2.StepsRequest) -> None:

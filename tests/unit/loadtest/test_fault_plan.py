@@ -15,6 +15,8 @@ DECODE_KILL = FaultKind(Target.DECODE, Act.KILL)
 GATEWAY_KILL = FaultKind(Target.GATEWAY, Act.KILL)
 VALKEY_KILL = FaultKind(Target.VALKEY, Act.KILL)
 GCS_KILL = FaultKind(Target.GCS, Act.KILL)
+RAYLET_KILL = FaultKind(Target.RAYLET, Act.KILL)
+PREFILL_SCALE = FaultKind(Target.PREFILL, Act.SCALE)
 
 
 @given(st.integers(1, 500), st.integers(0, 1000))
@@ -29,7 +31,7 @@ def test_every_kind_is_there_and_the_common_ones_more_often(num_faults: int) -> 
     counts = Counter(plan_faults(num_faults, seed=3))
     assert counts.keys() == {*SHARES, ONCE}
     assert counts[ONCE] == 1
-    assert counts[DECODE_KILL] > counts[GATEWAY_KILL] > counts[FaultKind(Target.RAYLET, Act.KILL)]
+    assert counts[DECODE_KILL] > counts[GATEWAY_KILL] > counts[RAYLET_KILL]
 
 
 def test_seeds_give_different_orders() -> None:
@@ -54,10 +56,18 @@ def test_one_fault_at_a_time_in_a_group() -> None:
     assert next_fault([VALKEY_KILL], [GATEWAY_KILL]) is None
 
 
-def test_nothing_goes_beside_a_fault_of_rays_or_past_it() -> None:
-    assert next_fault([DECODE_KILL], [GCS_KILL]) is None
-    assert next_fault([GCS_KILL, DECODE_KILL], [PREFILL_KILL]) is None
-    assert next_fault([GCS_KILL, DECODE_KILL], []) == GCS_KILL
+def test_nothing_goes_beside_a_new_head_or_past_it() -> None:
+    assert next_fault([DECODE_KILL], [RAYLET_KILL]) is None
+    assert next_fault([RAYLET_KILL, DECODE_KILL], [PREFILL_KILL]) is None
+    assert next_fault([RAYLET_KILL, DECODE_KILL], []) == RAYLET_KILL
+    assert next_fault([GCS_KILL], [ONCE]) is None
+
+
+def test_the_control_store_may_go_while_workers_are_replaced_but_not_scaled() -> None:
+    assert next_fault([GCS_KILL], [PREFILL_KILL, DECODE_KILL, GATEWAY_KILL]) == GCS_KILL
+    assert next_fault([GCS_KILL, GCS_KILL], [GCS_KILL]) is None
+    assert next_fault([GCS_KILL, DECODE_KILL], [PREFILL_SCALE]) == DECODE_KILL
+    assert next_fault([PREFILL_SCALE], [GCS_KILL]) is None
 
 
 def test_only_a_gateway_that_is_lost_may_lose_streams() -> None:

@@ -294,3 +294,18 @@ def test_prompts_that_do_not_fit_are_refused(prompt: list[int]) -> None:
             assert caught.value.param == "prompt_token_ids"
 
     check()
+
+
+@in_virtual_time
+async def test_gateways_hear_at_once_of_room_that_has_come_back() -> None:
+    async with running() as bench:
+        bench.renewing = [f"r{i}" for i in range(4)]
+        for request_id in bench.renewing:
+            await bench.prefill(spec(request_id, max_tokens=50))
+        while not bench.messages or bench.messages[-1].load.prefill_room_tokens:
+            await asyncio.sleep(0.01)
+        await bench.worker.abort(abort_of(spec("r0")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert bench.messages[-1].load.prefill_room_tokens
+        assert not bench.messages[-1].outputs
