@@ -114,6 +114,8 @@ def test_a_lost_raylet_brings_new_workers(sim_platform: LocalPlatform) -> None:
 
 
 def test_scaling_up_and_down(sim_platform: LocalPlatform) -> None:
+    # Those that an earlier test has replaced may still be draining.
+    sim_platform.wait_until(lambda: len(sim_platform.workers("decode")) == 1)
     (before,) = sim_platform.workers("decode")
     assert sim_platform.run("scale", "decode", "2").returncode == 0
     sim_platform.wait_until(lambda: len(sim_platform.workers("decode")) == 2)
