@@ -18,7 +18,7 @@ from forebay.core.errors import ConfigurationError
 from forebay_loadtest.chaos_report import Outcome, as_json, figures, shortfalls
 from forebay_loadtest.chaos_run import ChaosRun
 from forebay_loadtest.chaos_table import print_outcome
-from forebay_loadtest.fault_plan import FaultKind, plan_faults
+from forebay_loadtest.fault_plan import SLOW, FaultKind, plan_faults
 from forebay_loadtest.local_platform import LocalPlatform
 from forebay_loadtest.report import environment
 
@@ -36,10 +36,11 @@ class Profile:
     max_tokens: int
     quiet_s: float
     spacing_s: float
+    without: frozenset[FaultKind] = frozenset()
 
 
 PROFILES: Mapping[str, Profile] = {
-    "torch": Profile(("--dtype=fp32", "--kv-memory-mib=256"), 60, 64, 48, 12.0, 4.0),
+    "torch": Profile(("--dtype=fp32", "--kv-memory-mib=256"), 60, 64, 48, 12.0, 4.0, SLOW),
     "sim": Profile(("--engine=sim", "--kv-memory-mib=64"), 200, 128, 160, 4.0, 1.5),
 }
 SETTINGS = {"FOREBAY_WORKER_DRAIN_S": "5"}
@@ -70,7 +71,10 @@ def main(
     engines = ("torch", "sim") if engine == "both" else (engine,)
     try:
         plans = {
-            name: plan_faults(faults or PROFILES[name].num_faults, seed, only) for name in engines
+            name: plan_faults(
+                faults or PROFILES[name].num_faults, seed, only, without=PROFILES[name].without
+            )
+            for name in engines
         }
     except ConfigurationError as error:
         raise click.ClickException(error.message) from None

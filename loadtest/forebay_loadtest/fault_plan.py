@@ -74,45 +74,55 @@ class FaultKind:
 
 
 SHARES: Mapping[FaultKind, float] = {
-    FaultKind(Target.PREFILL, Act.KILL): 9,
-    FaultKind(Target.PREFILL, Act.STOP): 2,
-    FaultKind(Target.PREFILL, Act.PAUSE): 9,
-    FaultKind(Target.PREFILL, Act.DRAIN): 4,
+    FaultKind(Target.PREFILL, Act.KILL): 6,
+    FaultKind(Target.PREFILL, Act.STOP): 1,
+    FaultKind(Target.PREFILL, Act.PAUSE): 10,
+    FaultKind(Target.PREFILL, Act.DRAIN): 3,
     FaultKind(Target.PREFILL, Act.SCALE): 1,
-    FaultKind(Target.DECODE, Act.KILL): 9,
-    FaultKind(Target.DECODE, Act.STOP): 2,
-    FaultKind(Target.DECODE, Act.PAUSE): 9,
-    FaultKind(Target.DECODE, Act.DRAIN): 4,
+    FaultKind(Target.DECODE, Act.KILL): 6,
+    FaultKind(Target.DECODE, Act.STOP): 1,
+    FaultKind(Target.DECODE, Act.PAUSE): 10,
+    FaultKind(Target.DECODE, Act.DRAIN): 3,
     FaultKind(Target.DECODE, Act.SCALE): 1,
-    FaultKind(Target.GATEWAY, Act.KILL): 5,
-    FaultKind(Target.GATEWAY, Act.STOP): 2,
-    FaultKind(Target.GATEWAY, Act.PAUSE): 7,
+    FaultKind(Target.GATEWAY, Act.KILL): 4,
+    FaultKind(Target.GATEWAY, Act.STOP): 1,
+    FaultKind(Target.GATEWAY, Act.PAUSE): 8,
     FaultKind(Target.GATEWAY, Act.DRAIN): 1,
-    FaultKind(Target.VALKEY, Act.KILL): 8,
+    FaultKind(Target.VALKEY, Act.KILL): 9,
     FaultKind(Target.VALKEY, Act.STOP): 2,
-    FaultKind(Target.VALKEY, Act.PAUSE): 8,
-    FaultKind(Target.GCS, Act.KILL): 5,
+    FaultKind(Target.VALKEY, Act.PAUSE): 9,
+    FaultKind(Target.GCS, Act.KILL): 6,
     FaultKind(Target.RAYLET, Act.KILL): 1,
 }
 """Relative; the kinds that take longest to heal are the rarest."""
 ONCE = FaultKind(Target.HEAD, Act.AWAY)
 """More than a minute by itself."""
+SLOW = frozenset({FaultKind(Target.PREFILL, Act.SCALE), FaultKind(Target.DECODE, Act.SCALE), ONCE})
+"""With a model that takes long to load they would fill most of a run."""
 
 
-def plan_faults(num_faults: int, seed: int, only: Sequence[str] = ()) -> list[FaultKind]:
-    """At least one of each kind when there are enough; the same for the same seed. `only`: names
-    of kinds, in turn, where not all are wanted. Raises ConfigurationError for an unknown one."""
+def plan_faults(
+    num_faults: int,
+    seed: int,
+    only: Sequence[str] = (),
+    *,
+    without: frozenset[FaultKind] = frozenset(),
+) -> list[FaultKind]:
+    """At least one of each kind but those of `without` when there are enough; the same for the
+    same seed. `only`: names of kinds, in turn, where not all are wanted. Raises
+    ConfigurationError for an unknown one."""
     if only:
         by_name = {kind.name: kind for kind in (*SHARES, ONCE)}
         if unknown := [name for name in only if name not in by_name]:
             raise ConfigurationError(f"no such fault: {unknown[0]}; there are {', '.join(by_name)}")
         return [by_name[only[index % len(only)]] for index in range(num_faults)]
-    kinds = list(SHARES)
+    kinds = [kind for kind in SHARES if kind not in without]
     rng = random.Random(seed)
     if num_faults <= len(kinds):
         return rng.sample(kinds, num_faults)
-    total = sum(SHARES.values())
-    left = num_faults - 1
+    once = [] if ONCE in without else [ONCE]
+    total = sum(SHARES[kind] for kind in kinds)
+    left = num_faults - len(once)
     counts = {kind: max(1, int(left * SHARES[kind] / total)) for kind in kinds}
     by_share = sorted(kinds, key=lambda kind: SHARES[kind], reverse=True)
     while (missing := left - sum(counts.values())) != 0:
@@ -120,5 +130,5 @@ def plan_faults(num_faults: int, seed: int, only: Sequence[str] = ()) -> list[Fa
             counts[kind] += 1 if missing > 0 else -1
     plan = [kind for kind in kinds for _ in range(counts[kind])]
     rng.shuffle(plan)
-    plan.insert(len(plan) // 2, ONCE)
-    return plan
+    middle = len(plan) // 2
+    return plan[:middle] + once + plan[middle:]

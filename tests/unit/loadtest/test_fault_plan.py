@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from forebay.core.errors import ConfigurationError
 from forebay_loadtest.chaos_run import next_fault
-from forebay_loadtest.fault_plan import ONCE, SHARES, Act, FaultKind, Target, plan_faults
+from forebay_loadtest.fault_plan import ONCE, SHARES, SLOW, Act, FaultKind, Target, plan_faults
 
 PREFILL_KILL = FaultKind(Target.PREFILL, Act.KILL)
 DECODE_KILL = FaultKind(Target.DECODE, Act.KILL)
@@ -32,6 +32,12 @@ def test_every_kind_is_there_and_the_common_ones_more_often(num_faults: int) -> 
     assert counts.keys() == {*SHARES, ONCE}
     assert counts[ONCE] == 1
     assert counts[DECODE_KILL] > counts[GATEWAY_KILL] > counts[RAYLET_KILL]
+
+
+def test_what_takes_too_long_is_left_out() -> None:
+    plan = plan_faults(60, seed=3, without=SLOW)
+    assert len(plan) == 60
+    assert set(plan) == {*SHARES} - SLOW
 
 
 def test_seeds_give_different_orders() -> None:
