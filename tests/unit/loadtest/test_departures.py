@@ -74,6 +74,14 @@ def test_rounds_that_leave_nothing() -> None:
     assert shortfalls([], [settled(), settled(gateway=81 * MIB)]) == []
 
 
+def test_memory_counts_from_the_middle_on() -> None:
+    sizes = [80, 120, 121, 121, 122]
+    assert shortfalls([], [settled(gateway=size * MIB) for size in sizes]) == []
+    assert shortfalls([], [settled(gateway=size * MIB) for size in reversed(sizes)]) == []
+    (grown,) = shortfalls([], [settled(gateway=size * MIB) for size in [80, 80, 80, 90, 99]])
+    assert "grew by 19.0 MiB" in grown
+
+
 def test_what_is_left_behind_is_named() -> None:
     (held,) = shortfalls([], [settled(), settled(idle_s=None, held_blocks=3)])
     assert held.startswith("round 2 left 3 blocks held")
