@@ -312,7 +312,10 @@ class WorkerLink:
         self._on_change()
 
     def _blame(self, inboxes: list[Inbox]) -> list[Blame]:
-        """Of several requests that had been served well until then nobody is suspected."""
+        """Of several requests that had been served well until then nobody is suspected; nor is
+        anybody of the end of a worker that had said it would end."""
+        if self.draining:
+            return [Blame.NONE] * len(inboxes)
         exposures = [inbox.exposure(self) for inbox in inboxes]
         worst = max(exposures, default=Exposure.NONE)
         suspects = {i.request_id for i, e in zip(inboxes, exposures, strict=True) if e is worst}

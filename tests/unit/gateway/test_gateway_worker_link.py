@@ -219,3 +219,16 @@ def test_who_is_to_blame(requests: list[tuple[str, Exposure]], blames: list[Blam
             assert [inbox.blame for inbox in inboxes] == blames
 
     loop.run(main())
+
+
+def test_a_worker_that_drained_died_of_nobody() -> None:
+    async def main() -> None:
+        async with opened() as (link, stream):
+            inbox = Inbox("a", UNPROVEN)
+            link.subscribe("a", inbox)
+            stream.answers.put_nowait(worker_pb2.StepsResponse(draining=True))
+            stream.answers.put_nowait(Unavailable("the worker stops"))
+            await asyncio.sleep(0.1)
+            assert inbox.blame is Blame.NONE
+
+    loop.run(main())
