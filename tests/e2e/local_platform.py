@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from forebay.deploy.ports import free_ports
 
 COMMAND_LIMIT_S = 240.0
@@ -63,6 +65,18 @@ class LocalPlatform:
 
     def run_state(self) -> Any:
         return json.loads((self.state_dir / "run.json").read_text())
+
+    def chat(self, question: str, **fields: object) -> Any:
+        """Body of the reply to one chat request over HTTP."""
+        body = {
+            "model": self.status()["model"],
+            "messages": [{"role": "user", "content": question}],
+            **fields,
+        }
+        url = f"http://127.0.0.1:{self.http_port}/v1/chat/completions"
+        reply = httpx.post(url, json=body, timeout=COMMAND_LIMIT_S)
+        assert reply.status_code == 200, reply.text + self.logs()
+        return reply.json()
 
     def workers(self, role: str, state: str = "ready") -> list[Any]:
         found = [item for item in self.status()["workers"] if item["role"] == role]

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.e2e
 
 
 def assert_answers(platform: LocalPlatform) -> None:
-    done = platform.run("chat", "Are you there?", "--max-tokens", "5")
-    assert done.returncode == 0, done.stderr + platform.logs()
-    assert done.stdout.strip()
+    # The sim engine may end an answer at once, or draw nothing but blanks: tokens are counted.
+    answer = platform.chat("Are you there?", max_tokens=5, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 5
 
 
 def test_up_says_what_the_sim_engine_is(sim_platform: LocalPlatform) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
-from typing import Any
-
 import pytest
 
 from local_platform import LocalPlatform
@@ -40,18 +36,6 @@ def test_http_and_grpc_give_the_same_greedy_answer(model_platform: LocalPlatform
     question = "Name the largest planet."
     over_grpc = model_platform.run("chat", question, "--temperature", "0", "--max-tokens", "24")
     assert over_grpc.returncode == 0, over_grpc.stderr
-    body = {
-        "model": model_platform.status()["model"],
-        "messages": [{"role": "user", "content": question}],
-        "temperature": 0,
-        "max_tokens": 24,
-    }
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{model_platform.http_port}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer: Any = json.load(response)
+    answer = model_platform.chat(question, temperature=0, max_tokens=24)
     assert answer["choices"][0]["message"]["content"].strip() == over_grpc.stdout.strip()
     assert over_grpc.stdout.strip()
