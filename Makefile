@@ -5,7 +5,7 @@ ARGS ?=
 SEEDS ?= 2000
 PROTOS := $(wildcard protos/forebay/rpc/v1/*.proto)
 
-.PHONY: up down status install proto check test sim sim-bugs chaos vanish clean
+.PHONY: up down status install proto check test sim sim-bugs chaos vanish bench-routing clean
 
 up: .venv/.local ## start the platform; options go into ARGS, as in make up ARGS="--engine sim"
 	$(BIN)/forebay up $(ARGS)
@@ -60,7 +60,7 @@ vanish: .venv/.dev ## 1,000 clients that go away at every phase, then 100 with t
 sim: .venv/.dev ## seeded runs of whole platforms under faults, in virtual time: make sim SEEDS=10000
 	$(BIN)/python -m forebay.simulator --seeds $(SEEDS)
 
-sim-bugs: .venv/.dev ## the simulator finds three planted bugs
+sim-bugs: .venv/.dev ## the simulator finds its planted bugs
 	$(BIN)/python tests/sim/planted_bugs.py
 
 clean: ## what the other targets made

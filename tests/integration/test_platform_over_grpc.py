@@ -39,6 +39,7 @@ from forebay.gateway.service import GatewayService
 from forebay.rpc import methods
 from forebay.rpc.grpc_connector import GrpcConnector
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
+from forebay.store.redis_kv_events import RedisKvEventSource
 from forebay.store.redis_registry import RedisRegistry
 from forebay.worker.frames import encode_commit
 from forebay.worker.process import WorkerProcess
@@ -103,6 +104,7 @@ async def platform(
         replace(GatewaySettings(registry_poll_s=0.05, request_timeout_s=20), **gateway),
         GrpcConnector(),
         RedisRegistry.connect(redis_url),
+        RedisKvEventSource.connect(redis_url),
         Rng(),
     )
     await service.start()
@@ -187,6 +189,7 @@ async def test_gateway_that_dies_frees_every_block(valkey_url: str) -> None:
             GatewaySettings(registry_poll_s=0.05),
             GrpcConnector(),
             RedisRegistry.connect(valkey_url),
+            RedisKvEventSource.connect(valkey_url),
             Rng(),
         )
         await doomed.start()

@@ -19,6 +19,7 @@ from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSetting
 from forebay.gateway.generation import ChatPrompt, Chunk, Completion, GenerationRequest
 from forebay.gateway.service import GatewayService
 from forebay.rpc.grpc_connector import GrpcConnector
+from forebay.store.redis_kv_events import RedisKvEventSource
 from forebay.store.redis_registry import RedisRegistry
 from forebay.text.gguf_tokenizer import spec_from_gguf
 from forebay.text.tokenizer import Tokenizer
@@ -55,7 +56,13 @@ async def gateway_over(
     ]
     await asyncio.gather(*(worker.start() for worker in workers))
     settings = GatewaySettings(registry_poll_s=0.1)
-    gateway = GatewayService(settings, GrpcConnector(), RedisRegistry.connect(redis_url), Rng())
+    gateway = GatewayService(
+        settings,
+        GrpcConnector(),
+        RedisRegistry.connect(redis_url),
+        RedisKvEventSource.connect(redis_url),
+        Rng(),
+    )
     await gateway.start()
     try:
         async with asyncio.timeout(READY_S):

@@ -24,6 +24,7 @@ from forebay.gateway.generation import (
 )
 from forebay.gateway.service import GatewayService
 from forebay.rpc.grpc_connector import GrpcConnector
+from forebay.store.redis_kv_events import RedisKvEventSource
 from forebay.store.redis_registry import RedisRegistry
 from worker_processes import RunningWorker, workers
 
@@ -43,7 +44,13 @@ async def gateway(redis_url: str, num_workers: int) -> AsyncIterator[GatewayServ
     settings = GatewaySettings(
         registry_poll_s=0.05, worker_silence_s=1.5, request_timeout_s=60, cache_salt="shared"
     )
-    service = GatewayService(settings, GrpcConnector(), RedisRegistry.connect(redis_url), Rng())
+    service = GatewayService(
+        settings,
+        GrpcConnector(),
+        RedisRegistry.connect(redis_url),
+        RedisKvEventSource.connect(redis_url),
+        Rng(),
+    )
     await service.start()
     try:
         async with asyncio.timeout(30):

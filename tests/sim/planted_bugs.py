@@ -1,4 +1,4 @@
-"""Three bugs of the kind that leaks or corrupts KV memory, as patches of production code. The
+"""Five bugs of the kind that leaks or corrupts KV memory, as patches of production code. The
 simulator has to find each of them: `python tests/sim/planted_bugs.py` prints with which seed."""
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from forebay.engine.sequence import RequestKey
+from forebay.engine.engine import Engine
+from forebay.engine.sequence import RequestKey, Sequence, SequenceStart
 from forebay.kv.block_pool import Holder
 from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator.report import simulate_guarded
 from forebay.simulator.scenario import SeedResult
 from forebay.worker.decode import Reservations
+from forebay.worker.pull import Pulls, _Pull
 from forebay.worker.requests import WorkerRequest
 from forebay.worker.worker import Worker
 
@@ -101,10 +103,50 @@ def double_commit() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unfinished_pull_kept() -> Iterator[None]:
+    """A pull that ends without a commit leaves its blocks in the prefix cache."""
+    forget = Pulls._forget
+
+    def keep(pulls: Pulls, pull: _Pull) -> None:
+        if pull.lease is not None:
+            for block, block_hash in zip(pull.lease.block_table, pull.hashes, strict=True):
+                pulls._engine.pool.register(block, block_hash)
+        forget(pulls, pull)
+
+    with mock.patch.object(Pulls, "_forget", keep):
+        yield
+
+
+@contextmanager
+def source_not_held() -> Iterator[None]:
+    """Blocks whose KV is sent to another worker's prefix cache may be evicted meanwhile."""
+    hold = Engine.hold
+
+    def hold_nothing(engine: Engine, start: SequenceStart) -> Sequence:
+        sequence = hold(engine, start)
+        engine.pool.release(sequence.block_table, Holder.SEQUENCE)
+        engine._by_key.pop(sequence.key)
+        return sequence
+
+    def release(engine: Engine, sequence: Sequence) -> None:
+        if sequence.key.gateway_id:
+            engine_release(engine, sequence)
+
+    engine_release = Engine.release
+    with (
+        mock.patch.object(Engine, "hold", hold_nothing),
+        mock.patch.object(Engine, "release", release),
+    ):
+        yield
+
+
 BUGS: dict[str, Patch] = {
     "free before the last write landed": free_before_the_last_write,
     "lost abort": lost_abort,
     "double commit": double_commit,
+    "unfinished pull kept": unfinished_pull_kept,
+    "source of a pull not held": source_not_held,
 }
 
 

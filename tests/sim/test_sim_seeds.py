@@ -23,6 +23,8 @@ def test_seeds_pass() -> None:
     assert report.verified.total() >= NUM_SEEDS * MIN_FAULTS
     assert report.ends["complete"] > 0.85 * report.ends.total()
     assert len(report.verified) > 30
+    assert report.num_pulled_tokens > 5 * NUM_SEEDS
+    assert report.num_failed_pulls > 0.3 * NUM_SEEDS
 
 
 @pytest.mark.parametrize("name", planted_bugs.BUGS)

@@ -15,6 +15,7 @@ from forebay.core.errors import ForebayError
 _COMMANDS = {
     "chat": "Talk to the platform's model.",
     "down": "End the local platform.",
+    "explain": "Show why a request went where it went, and its timeline.",
     "models": "List the models that the platform serves.",
     "scale": "Change a pool's number of workers.",
     "status": "Show the workers of the local platform.",

@@ -78,6 +78,8 @@ class WorkerSettings:
     """How long a gateway's sequences outlive its step stream."""
     kv_frame_kib: int = 1024
     """Upper bound of a KV frame's payload (at least one token of one layer goes into a frame)."""
+    kv_event_interval_s: float = 0.05
+    """How long changes of the prefix cache are gathered before gateways are told of them."""
     drain_s: float = 30.0
     """How long a worker that has to go lets its requests finish before it hands them over."""
     step_timeout_s: float = 120.0
@@ -104,9 +106,21 @@ class GatewaySettings:
     """A worker that says nothing for this long is lost: its streams go on elsewhere."""
     max_migrations: int = 16
     """How often one request may move to other workers before it fails; 0: never."""
+    kv_stale_s: float = 2.0
+    """How far behind the index of KV blocks may be: a worker of which it is further behind is
+    chosen by load alone."""
+    kv_index_mib: int = 256
+    """Most memory of the index of KV blocks: about a million blocks per 64 MiB."""
+    router_policy: str = "kv"
+    """`kv` sends requests where their prefix is cached; baselines: round-robin, least-loaded,
+    consistent-hash, prefix-tree."""
     poison_s: float = 600.0
     """How long a request that ended two workers is refused."""
     drain_s: float = 30.0
+    explain_requests: int = 1000
+    """Of this many requests that ended the timeline is kept, memory permitting; 0: of none."""
+    otlp_endpoint: str = ""
+    """An OpenTelemetry collector's OTLP/HTTP base URL (needs forebay[otel]); empty: no traces."""
     cache_salt: str = ""
     """Secret that keys block hashes and the poison list, the same for all gateways of a platform;
     empty draws one at start."""
@@ -130,6 +144,7 @@ _AT_LEAST_ONE = frozenset(
         "max_num_seqs",
         "num_threads",
         "kv_frame_kib",
+        "kv_index_mib",
         "max_body_kib",
     }
 )
@@ -144,6 +159,8 @@ _MORE_THAN_ZERO = frozenset(
         "keep_alive_s",
         "registry_poll_s",
         "worker_silence_s",
+        "kv_event_interval_s",
+        "kv_stale_s",
     }
 )
 _MOST = {"kv_frame_kib": 32 * 1024}

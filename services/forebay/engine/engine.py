@@ -78,9 +78,10 @@ class Engine:
 
     @property
     def num_pending_prefill_tokens(self) -> int:
-        queues = (self._scheduler.waiting, self._scheduler.running)
-        missing = (s.num_uncomputed_tokens for queue in queues for s in queue)
-        return sum(count for count in missing if count > 1)
+        """Without those that were in the prefix cache when their prompt came."""
+        waiting = sum(s.num_uncomputed_tokens - s.num_found_tokens for s in self._scheduler.waiting)
+        computing = (s.num_uncomputed_tokens for s in self._scheduler.running)
+        return waiting + sum(count for count in computing if count > 1)
 
     @property
     def num_waiting_blocks(self) -> int:
@@ -99,6 +100,8 @@ class Engine:
         """Queues tokens to be computed. `prefill_only`: their KV goes to another worker."""
         sequence = Sequence.begin(start, self.pool.block_size)
         sequence.prefill_only = prefill_only
+        found = self.pool.match(sequence.chain.upto(sequence.tokens, len(sequence.tokens) - 1))
+        sequence.num_found_tokens = len(found) * self.pool.block_size
         self._enter(sequence)
         return sequence
 
@@ -149,6 +152,18 @@ class Engine:
                 self._leave(sequence)
             self._drop_blocks(sequence)
         return failed
+
+    def hold(self, start: SequenceStart) -> Sequence:
+        """A sequence of as many leading full blocks of `start` as are in the prefix cache, perhaps
+        none: it never runs, and holds them until `release`."""
+        sequence = Sequence.begin(start, self.pool.block_size)
+        sequence.block_table = self.pool.match(sequence.chain.upto(sequence.tokens))
+        self.pool.retain(sequence.block_table, Holder.SEQUENCE)
+        sequence.num_computed_tokens = len(sequence.block_table) * self.pool.block_size
+        del sequence.tokens[sequence.num_computed_tokens :]
+        sequence.status = Status.HOLDING
+        self._by_key.setdefault(sequence.key, []).append(sequence)
+        return sequence
 
     def release(self, sequence: Sequence) -> None:
         """Lets go of a prompt that was held for its transfer. No effect after an abort."""

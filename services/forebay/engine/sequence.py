@@ -15,7 +15,7 @@ class Status(Enum):
     WAITING = auto()
     RUNNING = auto()
     HOLDING = auto()
-    """Prompt computed for another worker; blocks stay until the KV has been sent."""
+    """KV for another worker, computed or found here; blocks stay until it has been sent."""
     FINISHED = auto()
 
 
@@ -52,6 +52,7 @@ class Sequence:
     when the end of `tokens` is reached; a prompt with n choices is one sequence until its first
     tokens, then n.
 
+    num_found_tokens: leading tokens whose KV was in the prefix cache when the sequence came.
     arrival: orders the queue; the engine gives it. prefill_only: the KV goes to another worker.
     aborted: ended while a step computes it; its blocks are released after the step.
     """
@@ -68,6 +69,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_found_tokens: int = 0
     status: Status = Status.WAITING
     arrival: int = -1
     aborted: bool = False

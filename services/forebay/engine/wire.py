@@ -10,7 +10,9 @@ from forebay.rpc.conversions import finish_to_proto
 from forebay.rpc.v1 import inference_pb2, worker_pb2
 
 
-def output_to_proto(output: TokenOutput) -> worker_pb2.SequenceOutput:
+def output_to_proto(output: TokenOutput, num_pulled_tokens: int = 0) -> worker_pb2.SequenceOutput:
+    """`num_pulled_tokens`: of the prompt's beginning, fetched from another worker; some of them
+    may have been evicted again."""
     token = output.token
     message = worker_pb2.SequenceOutput(
         request_id=output.key.request_id,
@@ -22,6 +24,7 @@ def output_to_proto(output: TokenOutput) -> worker_pb2.SequenceOutput:
     )
     if output.num_cached_tokens is not None:
         message.num_cached_tokens = output.num_cached_tokens
+        message.num_pulled_tokens = min(num_pulled_tokens, output.num_cached_tokens)
     if token.logprob is not None:
         message.logprobs.append(
             inference_pb2.TokenLogprob(
@@ -67,6 +70,7 @@ def load_of(engine: Engine, prefill_room_tokens: int) -> worker_pb2.WorkerLoad:
         num_waiting=engine.num_waiting,
         num_pending_prefill_tokens=engine.num_pending_prefill_tokens,
         prefill_room_tokens=prefill_room_tokens,
+        kv_event_seq=0 if engine.pool.journal is None else engine.pool.journal.seq,
         kv_blocks=worker_pb2.KvBlocks(
             total=counts.total,
             free=counts.free,

@@ -15,9 +15,11 @@ import time
 from forebay.core.errors import ConfigurationError
 from forebay.core.randomness import Rng
 from forebay.core.settings import REDIS_URL_VARIABLE, GatewaySettings, load
+from forebay.gateway.router_metrics import RouterCollector
 from forebay.gateway.server import GatewayServer
 from forebay.gateway.service import GatewayService
 from forebay.rpc.grpc_connector import GrpcConnector
+from forebay.store.redis_kv_events import RedisKvEventSource
 from forebay.store.redis_registry import RedisRegistry
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -28,9 +30,13 @@ async def run(settings: GatewaySettings) -> None:
     if not settings.redis_url:
         raise ConfigurationError(f"{REDIS_URL_VARIABLE} is not set")
     registry = RedisRegistry.connect(settings.redis_url)
+    events = RedisKvEventSource.connect(settings.redis_url)
     rng = Rng()
-    service = GatewayService(settings, GrpcConnector(), registry, rng, created=int(time.time()))
+    service = GatewayService(
+        settings, GrpcConnector(), registry, events, rng, created=int(time.time())
+    )
     server = GatewayServer(service, settings, rng)
+    server.metrics.registry.register(RouterCollector(service.router))
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@ from forebay.admission.queue import AdmissionQueue
 from forebay.gateway.fleet import Fleet
 from forebay.gateway.placement import Placer
 from forebay.gateway.poison import PoisonList
+from forebay.gateway.router import Router
 from forebay.gateway.worker_link import WorkerLink
 from forebay.rpc.v1 import worker_pb2
 
@@ -18,9 +19,14 @@ class Dispatcher:
     shown that it is not: two suspects never share a worker, so that the next death tells."""
 
     def __init__(
-        self, fleet: Fleet, queue: AdmissionQueue, poison: PoisonList, max_migrations: int
+        self,
+        fleet: Fleet,
+        router: Router,
+        queue: AdmissionQueue,
+        poison: PoisonList,
+        max_migrations: int,
     ) -> None:
-        self.placer = Placer(fleet, queue, self.discard)
+        self.placer = Placer(fleet, router, queue, self.discard)
         self.lives = fleet.lives
         self.poison = poison
         self.probation = asyncio.Lock()

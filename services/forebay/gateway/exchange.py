@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from forebay.core.clock import now
 from forebay.core.errors import DeadlineExceeded, ForebayError, RequestCancelled
+from forebay.gateway.timeline import RequestTimeline
 
 ABORT_EXTENSION = "forebay.abort"
 """Key in the scope's extensions of a function that drops the connection at once."""
@@ -34,13 +35,15 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Exchange:
-    """Used by one task. `arrived_at`: seconds on the loop's clock."""
+    """Used by one task. `arrived_at`: seconds on the loop's clock. `explained`: what the client
+    wants to know the course of."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         self.request_id = request_id
         self.arrived_at = now()
         self.response_started = False
         self.client_left = False
+        self.explained: list[RequestTimeline] = []
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -76,6 +79,14 @@ class Exchange:
                         return b"".join(parts)
         except TimeoutError:
             raise HTTPException(408, "the body did not arrive in time") from None
+
+    def header(self, name: str) -> str:
+        """The request's first one of that name (lower case); empty where it has none."""
+        wanted = name.encode("ascii")
+        for key, value in self._scope["headers"]:
+            if key == wanted:
+                return str(value, "latin-1")
+        return ""
 
     def _content_length(self) -> int:
         for name, value in self._scope["headers"]:
@@ -144,13 +155,14 @@ class Exchange:
         )
         await self._write(body, last=True)
 
-    async def start_stream(self) -> None:
+    async def start_stream(self, headers: Headers = ()) -> None:
         await self._start(
             200,
             (
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
+                *headers,
             ),
         )
         self._streaming = True

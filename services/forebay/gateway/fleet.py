@@ -13,8 +13,9 @@ from forebay.core import clock
 from forebay.core.clock import Deadline
 from forebay.core.errors import ForebayError, Unavailable
 from forebay.core.settings import GatewaySettings
+from forebay.gateway.router import Router
 from forebay.gateway.worker_link import WorkerLink, model_key
-from forebay.router.view import WorkerView
+from forebay.router.view import WorkerFacts, WorkerLoad
 from forebay.rpc.connector import Connector
 from forebay.rpc.conversions import role_from_proto
 from forebay.rpc.v1 import worker_pb2
@@ -52,8 +53,10 @@ class Fleet:
         registry: Registry,
         connector: Connector,
         gateway_id: str,
+        router: Router,
         on_change: Callable[[], None],
     ) -> None:
+        self._router = router
         self._settings = settings
         self._registry = registry
         self._connector = connector
@@ -70,6 +73,7 @@ class Fleet:
         while True:
             try:
                 await self._poll()
+                self._router.follow(list(self._links))
             except Exception:
                 log.exception("a look at the registry failed")
             await asyncio.sleep(self._settings.registry_poll_s)
@@ -100,9 +104,6 @@ class Fleet:
         finally:
             await again.close()
         return True
-
-    def view(self) -> list[WorkerView]:
-        return [_view_of(link) for link in self._links.values()]
 
     def models(self) -> dict[str, ServedModel]:
         """By model id, of the workers that are there."""
@@ -146,6 +147,7 @@ class Fleet:
                     link.update_load(listed[key].load)
             elif link.missing_since is None:
                 link.missing_since = clock.now()
+            self._update_view(link)
         for key in [key for key in self._unreachable if key not in listed]:
             del self._unreachable[key]
         for key, worker in listed.items():
@@ -175,6 +177,8 @@ class Fleet:
             await link.open(Deadline.after(OPEN_S))
             await self._learn_tokenizer(link)
             self._links[key] = link
+            self._router.join(_facts_of(link))
+            self._update_view(link)
             log.info("worker %s joined", worker.worker_id)
         finally:
             if self._links.get(key) is not link:
@@ -183,7 +187,17 @@ class Fleet:
     def _new_link(self, worker: worker_pb2.WorkerDescription) -> WorkerLink:
         channel = self._connector.connect(worker.endpoints[0].address)
         silence_s = self._settings.worker_silence_s
-        return WorkerLink(worker, channel, self._gateway_id, silence_s, self._on_change)
+        link = WorkerLink(worker, channel, self._gateway_id, silence_s, lambda: self._heard(link))
+        return link
+
+    def _heard(self, link: WorkerLink) -> None:
+        if self._links.get((link.worker_id, link.description.epoch)) is link:
+            self._router.told(link.worker_id, link.description.epoch, link.load.kv_event_seq)
+            self._update_view(link)
+        self._on_change()
+
+    def _update_view(self, link: WorkerLink) -> None:
+        self._router.update(link.worker_id, _load_of(link))
 
     async def _learn_tokenizer(self, link: WorkerLink) -> None:
         """One download per distinct tokenizer. Raises Unavailable when its hash is not the one
@@ -213,18 +227,25 @@ def _check_usable(worker: worker_pb2.WorkerDescription) -> None:
         raise Unavailable(f"its role {worker.role} is unknown here") from None
 
 
-def _view_of(link: WorkerLink) -> WorkerView:
-    worker, load = link.description, link.load
-    blocks = load.kv_blocks
-    is_silent = link.missing_since is not None and clock.now() - link.missing_since > MISSING_S
-    return WorkerView(
+def _facts_of(link: WorkerLink) -> WorkerFacts:
+    worker = link.description
+    return WorkerFacts(
         worker_id=worker.worker_id,
         role=role_from_proto(worker.role),
         model_key=link.model_key,
         kv_key=link.kv_key,
-        accepting=not (link.lost or link.draining or worker.draining or is_silent),
+        block_size=worker.kv_layout.block_size,
+    )
+
+
+def _load_of(link: WorkerLink) -> WorkerLoad:
+    load, blocks = link.load, link.load.kv_blocks
+    is_silent = link.missing_since is not None and clock.now() - link.missing_since > MISSING_S
+    draining = link.draining or link.description.draining
+    return WorkerLoad(
+        accepting=not (link.lost or draining or is_silent),
         num_sequences=load.num_running + load.num_waiting + link.num_sent_sequences,
-        num_pending_prefill_tokens=load.num_pending_prefill_tokens + link.num_sent_tokens,
+        num_queued_tokens=load.num_pending_prefill_tokens + link.num_sent_tokens,
         prefill_room_tokens=load.prefill_room_tokens - link.num_sent_tokens,
         kv_usage=(blocks.used + blocks.leased + blocks.quarantined) / max(1, blocks.total),
     )

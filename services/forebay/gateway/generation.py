@@ -9,6 +9,7 @@ from typing import Protocol
 from forebay.core.finish import FinishReason
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import SampledToken
+from forebay.gateway.timeline import RequestTimeline
 
 CHAT_ROLES: Mapping[str, str] = {
     "system": "system",
@@ -128,6 +129,9 @@ class Generation(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def timeline(self) -> RequestTimeline: ...
 
     def token_text(self, token_id: int) -> str:
         """How a token is shown in logprobs."""

@@ -17,6 +17,16 @@ from forebay.core.errors import (
     NotFound,
 )
 from forebay.core.finish import FinishReason
+from forebay.gateway.explain_headers import (
+    EXPLAIN,
+    ROUTE,
+    TIMELINE,
+    TRACEPARENT,
+    checked_traceparent,
+    route_header,
+    timeline_header,
+    wants_explanation,
+)
 from forebay.gateway.failure_log import log_failure
 from forebay.gateway.generation import ChoiceEnd, Chunk, Generator
 from forebay.gateway.grpc_requests import (
@@ -25,9 +35,10 @@ from forebay.gateway.grpc_requests import (
     generation_request,
     model_card,
 )
-from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.observed_events import Events, observed_events
+from forebay.gateway.observer import Observer
 from forebay.gateway.openai_responses import MAX_ERROR_CHARS
+from forebay.gateway.timeline import RequestTimeline
 from forebay.rpc.grpc_listener import (
     add_health_and_reflection,
     new_health_servicer,
@@ -49,9 +60,9 @@ ListContext: TypeAlias = "grpc.aio.ServicerContext[pb.ListModelsRequest, pb.List
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, generator: Generator, metrics: GatewayMetrics, max_life_s: float) -> None:
+    def __init__(self, generator: Generator, observer: Observer, max_life_s: float) -> None:
         self._generator = generator
-        self._metrics = metrics
+        self._observer = observer
         self._max_life_s = max_life_s
 
     # A coroutine that writes, where the generated class has a generator: cancelling it always
@@ -79,15 +90,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             wanted = generation_request(request, answer.remaining_s())
             generation = self._generator.prepare(wanted)
         except ForebayError as error:
-            self._metrics.count_error(error)
+            self._observer.metrics.count_error(error)
             raise
         answer.request_id = generation.request_id
+        if wants_explanation(answer.header(EXPLAIN)):
+            answer.explained = [generation.timeline]
         events = observed_events(
             generation,
             model=wanted.model,
             num_choices=wanted.params.n,
-            metrics=self._metrics,
+            observer=self._observer,
             arrived_at=arrived_at,
+            traceparent=checked_traceparent(answer.header(TRACEPARENT)),
         )
         async with aclosing(events):
             await answer.stream(events, logprobs=wanted.params.top_logprobs is not None)
@@ -103,7 +117,15 @@ class _Answer:
 
     def __init__(self, context: GenerateContext, request_id: str) -> None:
         self.request_id = request_id
+        self.explained: list[RequestTimeline] = []
         self._context = context
+
+    def header(self, name: str) -> str:
+        """The first one of that name in the call's metadata; empty where it has none."""
+        for key, value in self._context.invocation_metadata() or ():
+            if key == name and isinstance(value, str):
+                return value
+        return ""
 
     def remaining_s(self) -> float | None:
         remaining: float | None = self._context.time_remaining()
@@ -111,13 +133,19 @@ class _Answer:
 
     async def stream(self, events: Events, *, logprobs: bool) -> None:
         reasons: dict[int, FinishReason] = {}
+        told = not self.explained
         async for event in events:
+            if not told:
+                told = True
+                route = route_header(self.explained).decode("ascii")
+                await self._context.send_initial_metadata(((ROUTE, route),))
             if isinstance(event, Chunk):
                 response = chunk_response(self.request_id, event, logprobs=logprobs)
                 await self._context.write(response)
             elif isinstance(event, ChoiceEnd):
                 reasons[event.choice] = event.reason
             else:
+                self._context.set_trailing_metadata(self._timeline())
                 response = complete_response(self.request_id, reasons, event.usage)
                 await self._context.write(response)
 
@@ -131,14 +159,20 @@ class _Answer:
                 await self._context.write(
                     pb.GenerateResponse(request_id=self.request_id, error=event)
                 )
-        await self._context.abort(status, message, trailing_metadata(error))
+        metadata = (*trailing_metadata(error), *self._timeline())
+        await self._context.abort(status, message, metadata)
+
+    def _timeline(self) -> tuple[tuple[str, str], ...]:
+        if not self.explained:
+            return ()
+        return ((TIMELINE, timeline_header(self.explained).decode("ascii")),)
 
 
 def add_to_server(
-    server: grpc.aio.Server, generator: Generator, metrics: GatewayMetrics, *, max_life_s: float
+    server: grpc.aio.Server, generator: Generator, observer: Observer, *, max_life_s: float
 ) -> Health:
     """Adds InferenceService, grpc.health.v1 and reflection. `max_life_s`: a request's, at most."""
-    servicer = InferenceServicer(generator, metrics, max_life_s)
+    servicer = InferenceServicer(generator, observer, max_life_s)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     health = Health(generator)
     add_health_and_reflection(server, health.servicer, [SERVICE_NAME])

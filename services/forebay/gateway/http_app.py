@@ -14,8 +14,9 @@ from forebay.core.errors import ForebayError, NotFound
 from forebay.core.randomness import Rng
 from forebay.core.settings import GatewaySettings
 from forebay.gateway.exchanges import Exchanges
+from forebay.gateway.explanation import record
 from forebay.gateway.generation import Generator
-from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.observer import Observer
 from forebay.gateway.openai_responses import Json, error_fields, error_json, model_json, to_json
 from forebay.gateway.openai_route import Edge, GenerationRoute
 from forebay.rpc.status import mapped
@@ -26,14 +27,14 @@ _MESSAGES = {404: "no such route", 405: "this route does not take that method"}
 def create_app(
     generator: Generator,
     settings: GatewaySettings,
-    metrics: GatewayMetrics,
+    observer: Observer,
     *,
     rng: Rng,
     unix_time: Callable[[], int],
     exchanges: Exchanges,
 ) -> Starlette:
     """`unix_time`: whole seconds, for `created`. `exchanges` is how the owner drains the app."""
-    edge = Edge(generator, settings, metrics, rng, unix_time, exchanges)
+    edge = Edge(generator, settings, observer, rng, unix_time, exchanges)
     pages = _Pages(edge)
     app = Starlette(
         routes=[
@@ -41,6 +42,7 @@ def create_app(
             Route("/v1/completions", GenerationRoute(edge, chat=False), methods=["POST"]),
             Route("/v1/models", pages.models),
             Route("/v1/models/{model_id:path}", pages.model),
+            Route("/v1/requests/{request_id}/explain", pages.explain),
             Route("/health", pages.health),
             Route("/ready", pages.ready),
             Route("/metrics", pages.metrics),
@@ -72,6 +74,10 @@ class _Pages:
                 return self._json(200, model_json(card))
         raise NotFound("no such model", param="model", code="model_not_found")
 
+    async def explain(self, request: Request) -> Response:
+        timeline = self._edge.observer.explanations.find(request.path_params["request_id"])
+        return self._json(200, record(timeline))
+
     async def health(self, request: Request) -> Response:
         return self._json(200, {"status": "ok"})
 
@@ -83,7 +89,7 @@ class _Pages:
         return self._json(200, {"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        metrics = self._edge.metrics
+        metrics = self._edge.observer.metrics
         return Response(metrics.exposition(), headers={"content-type": metrics.content_type})
 
     async def refused(self, request: Request, error: Exception) -> Response:

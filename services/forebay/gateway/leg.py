@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from forebay.core.clock import Deadline
 from forebay.core.errors import DeadlineExceeded, ForebayError
 from forebay.gateway.placement import Placement, Placer
+from forebay.gateway.timeline import LegTimeline
 from forebay.gateway.worker_link import Blame, Exposure, WorkerLink
 from forebay.rpc.v1 import worker_pb2
 
@@ -72,6 +73,7 @@ class Leg:
         spec: worker_pb2.SequenceSpec,
         choices: Iterable[int],
         signals: Signals,
+        timeline: LegTimeline,
         *,
         on_probation: bool = False,
     ) -> None:
@@ -80,6 +82,7 @@ class Leg:
         self.model_key = model_key
         self.spec = spec
         self.choices = tuple(choices)
+        self.timeline = timeline
         self.on_probation = on_probation
         self.placement: Placement | None = None
         self._signals = signals
@@ -116,6 +119,8 @@ class Leg:
         self.placement = await placer.place(
             self, deadline, queue_deadline, avoid=avoid, urgent=urgent
         )
+        decode, prefill = self.placement.decode, self.placement.prefill
+        self.timeline.placed(decode.worker_id, None if prefill is None else prefill.worker_id)
         held, self._held = self._held, []
         for link, item in held:
             if isinstance(item, Blame):
@@ -145,12 +150,19 @@ class Leg:
             return  # a failure that no longer matters
         if output.offset == len(self.spec.generated_token_ids):
             self._awaiting_first.discard(output.choice)
-        if link is self.placement.decode:
-            self._decode_began = True
+        self._mark(link, output)
         if not self._awaiting_first:
             self._computing = self.placement.decode
         self._noticed.set()
         self._signals.put(Delivered(self, output))
+
+    def _mark(self, link: WorkerLink, output: worker_pb2.SequenceOutput) -> None:
+        assert self.placement is not None
+        if output.token_ids and self.timeline.first_token_at is None:
+            self.timeline.first_token()
+        if link is self.placement.decode and not self._decode_began:
+            self._decode_began = True
+            self.timeline.decode_began()
 
     def exposure(self, link: WorkerLink) -> Exposure:
         if link is not self._computing:

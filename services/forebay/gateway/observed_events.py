@@ -19,7 +19,9 @@ from forebay.gateway.generation import (
     Placed,
     Usage,
 )
-from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.observer import Observer
+from forebay.gateway.timeline import COMPLETED
+from forebay.rpc.status import mapped
 
 _MERGE_BUFFER = 64
 """Events of several prompts that may wait for their reader."""
@@ -32,16 +34,21 @@ async def observed_events(
     *,
     model: str,
     num_choices: int,
-    metrics: GatewayMetrics,
+    observer: Observer,
     arrived_at: float,
+    traceparent: str,
 ) -> Events:
     """The events of `generation`, each choice ended once and a Completion last. Raises
     InternalError where they are not so, or where a choice was aborted without an error: an
     answer that was cut must never look like one that is whole. `model` must be a served one."""
-    record = metrics.begin(model, arrived_at)
+    record = observer.metrics.begin(model, arrived_at)
+    timeline = generation.timeline
+    timeline.arrived(arrived_at, traceparent)
+    observer.begin(timeline)
     check = _Check(num_choices)
     completion: Completion | None = None
     completed = False
+    failure: ForebayError | None = None
     try:
         async with aclosing(generation.events()) as events:
             async for event in events:
@@ -61,20 +68,24 @@ async def observed_events(
         if completion is None:
             raise InternalError("the generation ended without a result")
         record.succeed(check.reasons[0], completion.usage, now())
+        timeline.ended(COMPLETED)
         completed = True
         yield completion
     except ForebayError as error:
-        record.fail(error)
+        failure = error
         raise
     except Exception:
-        record.fail(InternalError("the gateway failed"))
+        failure = InternalError("the gateway failed")
         raise
     except BaseException:
-        if not completed:
-            record.fail(RequestCancelled("the client left"))
+        failure = None if completed else RequestCancelled("the client left")
         raise
     finally:
+        if failure is not None:
+            record.fail(failure)
+            timeline.ended(mapped(failure).grpc.name.lower())
         record.end()
+        observer.end(timeline)
 
 
 class _Check:

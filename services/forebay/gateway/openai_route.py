@@ -14,10 +14,21 @@ from forebay.core.randomness import Rng
 from forebay.core.settings import GatewaySettings
 from forebay.gateway.exchange import Exchange
 from forebay.gateway.exchanges import Exchanges
+from forebay.gateway.explain_headers import (
+    EXPLAIN,
+    ROUTE,
+    TIMELINE,
+    TRACEPARENT,
+    checked_traceparent,
+    route_header,
+    timeline_comment,
+    timeline_header,
+    wants_explanation,
+)
 from forebay.gateway.failure_log import log_failure
 from forebay.gateway.generation import Completion, Generation, GenerationRequest, Generator
-from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.observed_events import Events, merged_events, observed_events
+from forebay.gateway.observer import Observer
 from forebay.gateway.openai_requests import chat_request, completion_requests
 from forebay.gateway.openai_responses import (
     Logprobs,
@@ -44,7 +55,7 @@ class Edge:
 
     generator: Generator
     settings: GatewaySettings
-    metrics: GatewayMetrics
+    observer: Observer
     rng: Rng
     unix_time: Callable[[], int]
     exchanges: Exchanges
@@ -85,8 +96,10 @@ class GenerationRoute:
             body, requests = self._parse(raw, exchange.request_id)
             generations = [self._edge.generator.prepare(request) for request in requests]
         except ForebayError as error:
-            self._edge.metrics.count_error(error)
+            self._edge.observer.metrics.count_error(error)
             raise
+        if wants_explanation(exchange.header(EXPLAIN)):
+            exchange.explained = [generation.timeline for generation in generations]
         params = requests[0].params
         answer = _Answer(
             chat=self._chat,
@@ -118,13 +131,15 @@ class GenerationRoute:
         requests: list[GenerationRequest],
     ) -> Events:
         num_choices = requests[0].params.n
+        traceparent = checked_traceparent(exchange.header(TRACEPARENT))
         sources = [
             observed_events(
                 generation,
                 model=request.model,
                 num_choices=num_choices,
-                metrics=self._edge.metrics,
+                observer=self._edge.observer,
                 arrived_at=exchange.arrived_at,
+                traceparent=traceparent,
             )
             for generation, request in zip(generations, requests, strict=True)
         ]
@@ -144,7 +159,7 @@ class _Answer:
         choices, usage = await collect(events, self.num_choices)
         render = chat_json if self.chat else completion_json
         value = render(self.response_id, self.created, self.model, choices, usage, self.logs)
-        await exchange.respond(200, to_json(value))
+        await exchange.respond(200, to_json(value), _explanation(exchange))
 
     async def stream(self, exchange: Exchange, events: Events, *, include_usage: bool) -> None:
         """The response starts with the first event, so that earlier errors have their status."""
@@ -158,15 +173,15 @@ class _Answer:
             logs=self.logs,
         )
         first = await anext(events)
-        await exchange.start_stream()
+        await exchange.start_stream(_explanation(exchange, began=True))
         opening = form.opening() + form.frame(first)
         if opening:
             await exchange.write(opening)
         async for event in events:
-            frame = form.frame(event)
             if isinstance(event, Completion):
-                await exchange.write(frame, last=True)
+                await exchange.write(form.frame(event, _comment(exchange)), last=True)
                 return
+            frame = form.frame(event)
             if frame:
                 await exchange.write(frame)
 
@@ -175,14 +190,29 @@ async def _fail(exchange: Exchange, error: ForebayError) -> None:
     if exchange.client_left:
         return
     if exchange.response_started:
-        await exchange.fail_stream(error_frame(error))
+        await exchange.fail_stream(_comment(exchange) + error_frame(error))
         return
-    headers: list[tuple[bytes, bytes]] = []
+    headers = _explanation(exchange)
     if isinstance(error, Overloaded):
         headers.append((b"retry-after", retry_after(error.retry_after_s)))
     elif isinstance(error, Unavailable):
         headers.append((b"retry-after", retry_after(_RETRY_AFTER_UNAVAILABLE_S)))
     await exchange.respond(mapped(error).http, to_json(error_json(error)), headers)
+
+
+def _explanation(exchange: Exchange, *, began: bool = False) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer that is whole, or of one that `began`."""
+    timelines = exchange.explained
+    if not timelines:
+        return []
+    headers = [(ROUTE.encode("ascii"), route_header(timelines))]
+    if not began:
+        headers.append((TIMELINE.encode("ascii"), timeline_header(timelines)))
+    return headers
+
+
+def _comment(exchange: Exchange) -> bytes:
+    return timeline_comment(exchange.explained) if exchange.explained else b""
 
 
 def retry_after(seconds: float) -> bytes:

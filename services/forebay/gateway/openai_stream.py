@@ -65,16 +65,16 @@ class StreamFormat:
             for index in range(len(self._starts))
         )
 
-    def frame(self, event: Event) -> bytes:
-        """Empty where the event has nothing to show yet."""
+    def frame(self, event: Event, comment: bytes = b"") -> bytes:
+        """Empty where the event has nothing to show yet. `comment` goes in front of DONE."""
         if isinstance(event, Chunk):
             return self._text(event)
         if isinstance(event, ChoiceEnd):
             return self._end(event)
-        closing = DONE
+        closing = comment + DONE
         if self._include_usage:
             usage = to_json(usage_json(event.usage))
-            closing = self._head + b'],"usage":' + usage + b"}\n\n" + DONE
+            closing = self._head + b'],"usage":' + usage + b"}\n\n" + closing
         return closing
 
     def _text(self, chunk: Chunk) -> bytes:

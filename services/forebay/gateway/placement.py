@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from forebay.admission.queue import AdmissionQueue
+from forebay.admission.queue import AdmissionQueue, NoPlace
+from forebay.core import clock
 from forebay.core.clock import Deadline
 from forebay.core.errors import Overloaded, Unavailable
 from forebay.gateway.fleet import Fleet
+from forebay.gateway.router import Router
+from forebay.gateway.timeline import LegTimeline
 from forebay.gateway.worker_link import Inbox, WorkerLink
-from forebay.router.policy import can_serve, choose
 from forebay.router.view import Decision, RouteRequest
 from forebay.rpc.v1 import worker_pb2
 
@@ -34,14 +36,12 @@ class Placement:
 
 
 class Placeable(Inbox, Protocol):
-    """What is to be placed; it gets the workers' outputs. `num_tokens`: to compute first."""
+    """What is to be placed; it gets the workers' outputs."""
 
     model_key: str
     spec: worker_pb2.SequenceSpec
     choices: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int: ...
+    timeline: LegTimeline
 
     def computes_on(self, link: WorkerLink) -> None: ...
 
@@ -54,18 +54,37 @@ class _Refused(Exception):
         self.worker_id = worker_id
 
 
+@dataclass(slots=True, eq=False)
+class _Search:
+    """One leg's way to its place. order: its place in the line, the lower the sooner."""
+
+    leg: Placeable
+    deadline: Deadline
+    avoid: frozenset[str]
+    order: tuple[int, int]
+    tokens: list[int] = field(init=False)
+    hashes: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        spec = self.leg.spec
+        self.tokens = [*spec.prompt_token_ids, *spec.generated_token_ids]
+
+
 class Placer:
     """`discard(link, spec)` ends an attempt on a worker in the background."""
 
     def __init__(
         self,
         fleet: Fleet,
+        router: Router,
         queue: AdmissionQueue,
         discard: Callable[[WorkerLink, worker_pb2.SequenceSpec], None],
     ) -> None:
         self._fleet = fleet
+        self._router = router
         self._queue = queue
         self._discard = discard
+        self._num_placed = 0
 
     async def place(
         self,
@@ -80,57 +99,96 @@ class Placer:
         The leg runs when this returns. `avoid`: workers to choose only when there is no other.
         Raises DeadlineExceeded, Overloaded when there was no place in time, Unavailable when there
         was no worker."""
+        self._num_placed += 1
+        search = _Search(leg, deadline, avoid, (0 if urgent else 1, self._num_placed))
 
-        async def attempt() -> Placement | None:
-            return await self._attempt(leg, avoid, deadline)
+        async def attempt() -> Placement | NoPlace:
+            return await self._attempt(search)
+
+        def may_try() -> bool:
+            return self._router.may_try(search)
 
         try:
-            return await self._queue.admit(attempt, queue_deadline, urgent=urgent)
+            return await self._queue.admit(attempt, queue_deadline, urgent=urgent, may_try=may_try)
         except Overloaded as error:
             deadline.check("it waited for a worker")
-            if not can_serve(leg.model_key, self._fleet.view()):
+            if not self._router.can_serve(leg.model_key):
                 raise Unavailable("no worker is there for this model") from error
             raise
+        finally:
+            self._router.stop_waiting(search)
 
-    async def _attempt(
-        self, leg: Placeable, avoid: frozenset[str], deadline: Deadline
-    ) -> Placement | None:
-        """Tries workers until one takes the leg; None when all have refused."""
+    async def _attempt(self, search: _Search) -> Placement | NoPlace:
+        """Tries workers until one takes the leg, or the one that should has no room yet."""
         refused: frozenset[str] = frozenset()
+        leg = search.leg
         while True:
-            decision = self._choose(leg, refused | avoid) or self._choose(leg, refused)
+            decision = self._choose(search, refused)
             if decision is None:
-                return None
-            deadline.check("it waited for a worker")
+                return NoPlace.NOBODY_PASSES
+            if not decision.has_room:
+                self._router.wait(search, search.order, decision, search.hashes)
+                return NoPlace.ASIDE
+            search.deadline.check("it waited for a worker")
             leg.spec.attempt += 1
-            leg.spec.timeout_ms = deadline.remaining_ms()
+            leg.spec.timeout_ms = search.deadline.remaining_ms()
+            self._router.stop_waiting(search)
+            self._router.expect(decision, search.hashes)
             try:
-                return await self._settle(decision, leg, deadline)
+                return await self._settle(decision, leg, search.deadline)
             except _Refused as refusal:
+                leg.timeline.refused(refusal.worker_id)
                 refused |= {refusal.worker_id}
 
-    def _choose(self, leg: Placeable, excluded: frozenset[str]) -> Decision | None:
-        route = RouteRequest(leg.spec.request_id, leg.model_key, leg.num_tokens, excluded)
-        return choose(route, self._fleet.view())
+    def _choose(self, search: _Search, refused: frozenset[str]) -> Decision | None:
+        """The worker that the request waits for must not count it as work before it."""
+        began_at = clock.now()
+        router, leg = self._router, search.leg
+        if not search.hashes:
+            search.hashes = router.hashes(leg.model_key, leg.spec.cache_root, search.tokens)
+        for excluded in dict.fromkeys((refused | search.avoid, refused)):
+            route = RouteRequest(
+                leg.spec.request_id, leg.model_key, len(search.tokens), search.hashes, excluded
+            )
+            decision = router.choose(route, search.order)
+            if decision is not None:
+                seconds = clock.now() - began_at
+                leg.timeline.routed(decision, seconds, degraded=router.degraded)
+                return decision
+        return None
 
     async def _settle(self, decision: Decision, leg: Placeable, deadline: Deadline) -> Placement:
         """Raises _Refused, and then holds nothing anywhere."""
         decode = self._link(decision.decode)
         num_choices = len(leg.choices)
         if decision.prefill is None:
-            decode.expect(num_choices, leg.num_tokens)
-            await self._start(decode, leg, None, deadline)
+            decode.expect(num_choices, decision.num_compute_tokens)
+            await self._start(decode, leg, None, decision, deadline)
             return Placement(decode, None)
         prefill = self._link(decision.prefill)
-        prefill.expect(num_choices, leg.num_tokens)
+        prefill.expect(num_choices, decision.num_compute_tokens)
         decode.expect(num_choices, 0)
         target = await self._reserve(decode, leg, deadline)
+        leg.timeline.reserved(decode.worker_id)
         try:
-            await self._start(prefill, leg, target, deadline)
+            await self._start(prefill, leg, target, decision, deadline)
         except BaseException:
             self._discard(decode, leg.spec)
             raise
         return Placement(decode, prefill)
+
+    def _source(self, decision: Decision) -> worker_pb2.PullSource | None:
+        """None as well when that worker has gone since: the prompt is computed."""
+        if decision.pull_from is None:
+            return None
+        try:
+            link = self._fleet.link(decision.pull_from)
+        except Unavailable:
+            return None
+        held = decision.matched[decision.pull_from]
+        return worker_pb2.PullSource(
+            address=link.address, epoch=link.description.epoch, num_tokens=held
+        )
 
     def _link(self, worker_id: str) -> WorkerLink:
         try:
@@ -155,6 +213,7 @@ class Placer:
         link: WorkerLink,
         leg: Placeable,
         target: worker_pb2.TransferTarget | None,
+        decision: Decision,
         deadline: Deadline,
     ) -> None:
         """A worker that dies before its answer may have died of this prompt: that counts as a
@@ -162,7 +221,8 @@ class Placer:
         async with self._subscribed(link, leg):
             leg.computes_on(link)
             try:
-                await link.prefill(leg.spec, target, deadline)
+                await link.prefill(leg.spec, target, deadline, self._source(decision))
+                leg.timeline.accepted(link.worker_id)
             except Unavailable:
                 if not await link.lost_within(_LOSS_SHOWS_S):
                     raise

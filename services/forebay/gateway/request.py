@@ -23,6 +23,7 @@ from forebay.gateway.generation import Completion, Event, Migrated, Placed, Prog
 from forebay.gateway.leg import Broken, Delivered, Leg, Signals, Stranded
 from forebay.gateway.poison import poisoned
 from forebay.gateway.setbacks import MAX_DEATHS, Deaths, Pace
+from forebay.gateway.timeline import LegEnd, RequestTimeline
 from forebay.gateway.worker_link import Blame, WorkerLink
 from forebay.rpc.conversions import finish_from_proto
 from forebay.rpc.v1 import worker_pb2
@@ -61,7 +62,13 @@ class GatewayRequest:
         self._legs: list[Leg] = []
         self._num_legs = 0
         self._placing: dict[asyncio.Task[None], None] = {}
-        self._num_cached_tokens = 0
+        self.timeline = RequestTimeline(
+            client_request_id,
+            spec.request_id,
+            served.info.id,
+            num_prompt_tokens=len(spec.prompt_token_ids),
+            num_choices=params.n,
+        )
         self._pace = Pace()
         self._deaths = Deaths()
 
@@ -104,8 +111,10 @@ class GatewayRequest:
             for leg in list(self._legs):
                 self._leave(leg)
 
-    def _new_leg(self, choices: tuple[int, ...], *, on_probation: bool = False) -> Leg:
-        """`choices`: all that have no tokens yet, or a single one."""
+    def _new_leg(
+        self, choices: tuple[int, ...], *, after: Leg | None = None, on_probation: bool = False
+    ) -> Leg:
+        """`choices`: all that have no tokens yet, or a single one. `after`: the one that broke."""
         spec = worker_pb2.SequenceSpec()
         spec.CopyFrom(self._spec)
         if self._num_legs:
@@ -122,6 +131,11 @@ class GatewayRequest:
             spec,
             choices,
             self._signals,
+            self.timeline.new_leg(
+                choices,
+                continues=None if after is None else after.number,
+                num_tokens=len(spec.generated_token_ids),
+            ),
             on_probation=on_probation,
         )
         self._num_legs += 1
@@ -137,13 +151,17 @@ class GatewayRequest:
             error = Unavailable(output.error)
             if not output.resumable:
                 raise error
+            leg.timeline.broke(LegEnd.RETURNED)
             self._migrate(leg, error, avoid=leg.links)
             yield Migrated()
             return
         if output.offset == 0:
-            self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+            timeline = self.timeline
+            timeline.num_cached_tokens = max(timeline.num_cached_tokens, output.num_cached_tokens)
         choice = self._choices[output.choice]
-        yield from choice.accept(output)
+        events = choice.accept(output)
+        self.timeline.got_tokens(output.choice, len(choice.token_ids), choice.finish)
+        yield from events
         if choice.finish is None:
             return
         if not self._unfinished(leg):
@@ -160,6 +178,7 @@ class GatewayRequest:
         if broken.blame is Blame.SOLE:
             self._deaths.note(broken.leg, broken.link, self._num_generated, self._num_legs)
         error = WorkerLost("a worker was lost with the request on it")
+        broken.leg.timeline.broke(LegEnd.LOST, broken.link.worker_id)
         suspected = broken.blame is not Blame.NONE
         self._migrate(broken.leg, error, avoid=(broken.link,), suspected=suspected)
 
@@ -200,9 +219,9 @@ class GatewayRequest:
         for choices in [fresh, *begun] if fresh else begun:
             for i in choices:
                 self._choices[i].resume()
-            leg = self._new_leg(choices, on_probation=on_probation)
+            successor = self._new_leg(choices, after=leg, on_probation=on_probation)
             workers = frozenset(link.worker_id for link in avoid)
-            task = self._dispatcher.spawn(self._resume(leg, workers, delay_s))
+            task = self._dispatcher.spawn(self._resume(successor, workers, delay_s))
             self._placing[task] = None
             task.add_done_callback(self._placing.pop)
 
@@ -231,6 +250,7 @@ class GatewayRequest:
         self._legs.remove(leg)
         ended = (self._choices[i] for i in leg.choices)
         finished = all(c.finish is not None and not c.stopped_here for c in ended)
+        leg.timeline.left(finished=not self._unfinished(leg))
         for link in leg.links:
             link.unsubscribe(leg.spec.request_id)
             if not (finished and leg.is_settled):
@@ -244,5 +264,5 @@ class GatewayRequest:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self._num_generated,
-            cached_tokens=self._num_cached_tokens,
+            cached_tokens=self.timeline.num_cached_tokens,
         )

@@ -23,7 +23,7 @@ from forebay.gateway.generation import Generator
 from forebay.gateway.grpc_service import Health, add_to_server
 from forebay.gateway.http_app import create_app
 from forebay.gateway.http_protocol import BoundedHttpProtocol
-from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.observer import Observer
 from forebay.rpc.grpc_listener import SERVER_OPTIONS, add_port
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,12 @@ _WIRE_OVERHEAD = 8
 
 
 class GatewayServer:
-    """Both edges of one Generator. `start`, then `stop`, once each."""
+    """Both edges of one Generator. `start`, then `stop`, once each. Raises ConfigurationError for
+    settings with which it cannot work."""
 
     def __init__(self, generator: Generator, settings: GatewaySettings, rng: Rng) -> None:
-        self.metrics = GatewayMetrics()
+        self._observer = Observer.of(settings)
+        self.metrics = self._observer.metrics
         self.http_port = settings.http_port
         self.grpc_port = settings.grpc_port
         self._settings = settings
@@ -50,7 +52,7 @@ class GatewayServer:
         app = create_app(
             generator,
             settings,
-            self.metrics,
+            self._observer,
             rng=rng,
             unix_time=_unix_time,
             exchanges=self._exchanges,
@@ -59,7 +61,7 @@ class GatewayServer:
         self._http_task: asyncio.Task[None] | None = None
         self._grpc = grpc.aio.server(options=_grpc_options(settings))
         self._health: Health = add_to_server(
-            self._grpc, generator, self.metrics, max_life_s=settings.request_timeout_s
+            self._grpc, generator, self._observer, max_life_s=settings.request_timeout_s
         )
         self._health_task: asyncio.Task[None] | None = None
 
@@ -99,6 +101,7 @@ class GatewayServer:
         if self._http_task is not None:
             self._http.should_exit = True
             await self._http_task
+        await self._observer.close()
         log.info("stopped")
 
 

@@ -23,11 +23,12 @@ from forebay.gateway.generation import (
 )
 from forebay.gateway.poison import PoisonList
 from forebay.gateway.request import GatewayRequest
+from forebay.gateway.router import Router
 from forebay.kv.block_hash import cache_root
-from forebay.router.policy import can_serve
 from forebay.rpc.connector import Connector
 from forebay.rpc.conversions import sampling_to_proto
 from forebay.rpc.v1 import worker_pb2
+from forebay.store.kv_events import KvEventSource
 from forebay.store.registry import Registry
 
 
@@ -39,6 +40,7 @@ class GatewayService:
         settings: GatewaySettings,
         connector: Connector,
         registry: Registry,
+        events: KvEventSource,
         rng: Rng,
         *,
         created: int = 0,
@@ -50,21 +52,24 @@ class GatewayService:
         self._created = created
         self._salt = (settings.cache_salt or rng.token("salt")).encode()
         self._queue = AdmissionQueue(settings.max_queued_requests)
-        self._fleet = Fleet(settings, registry, connector, self.gateway_id, self._queue.notify)
+        self.router = Router(settings, registry, events, self.gateway_id)
+        self._fleet = Fleet(
+            settings, registry, connector, self.gateway_id, self.router, self._queue.notify
+        )
         self._poison = PoisonList(registry, self._salt, settings.poison_s)
         self._dispatcher = Dispatcher(
-            self._fleet, self._queue, self._poison, settings.max_migrations
+            self._fleet, self.router, self._queue, self._poison, settings.max_migrations
         )
         self._following: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
-        view = self._fleet.view()
-        return any(can_serve(served.key, view) for served in self._fleet.models().values())
+        return any(self.router.can_serve(served.key) for served in self._fleet.models().values())
 
     async def start(self) -> None:
         self._following = [
             asyncio.create_task(self._fleet.run()),
+            asyncio.create_task(self.router.run()),
             asyncio.create_task(self._poison.run()),
         ]
 
@@ -75,6 +80,7 @@ class GatewayService:
         await asyncio.gather(*self._following, return_exceptions=True)
         await self._dispatcher.close()
         await self._fleet.close()
+        await self.router.close()
         await self._registry.close()
 
     def models(self) -> list[ModelCard]:

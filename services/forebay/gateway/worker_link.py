@@ -208,9 +208,11 @@ class WorkerLink:
         spec: worker_pb2.SequenceSpec,
         target: worker_pb2.TransferTarget | None,
         deadline: Deadline,
+        source: worker_pb2.PullSource | None = None,
     ) -> None:
-        """Raises Overloaded, Unavailable or InvalidRequest."""
-        request = worker_pb2.PrefillRequest(sequence=spec, target=target)
+        """`source`: where the worker fetches the KV of leading tokens that it does not hold.
+        Raises Overloaded, Unavailable or InvalidRequest."""
+        request = worker_pb2.PrefillRequest(sequence=spec, target=target, source=source)
         await self._call(methods.PREFILL, request, deadline)
 
     async def abort(self, spec: worker_pb2.SequenceSpec, choices: tuple[int, ...] = ()) -> None:

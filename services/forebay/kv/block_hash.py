@@ -7,16 +7,17 @@ Without the salt nobody can predict a hash, so tenants neither share nor probe e
 
 from __future__ import annotations
 
-import hashlib
-import struct
+import sys
+from array import array
 from collections.abc import Sequence
+from hashlib import blake2b, sha256
 
 HASH_BYTES = 16
 
 
 def cache_root(salt: bytes, *identity: str) -> bytes:
     """`identity`: model, revision, adapter, dtype and whatever else changes the KV."""
-    digest = hashlib.blake2b(digest_size=HASH_BYTES, key=hashlib.sha256(salt).digest())
+    digest = blake2b(digest_size=HASH_BYTES, key=sha256(salt).digest())
     for part in identity:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(4, "little"))
@@ -30,7 +31,6 @@ class HashChain:
     def __init__(self, root: bytes, block_size: int) -> None:
         self._parent = root
         self._block_size = block_size
-        self._pack = struct.Struct(f"<{block_size}I").pack
         self._hashes: list[bytes] = []
 
     def upto(self, tokens: Sequence[int], num_tokens: int | None = None) -> list[bytes]:
@@ -38,14 +38,26 @@ class HashChain:
         of earlier calls. The list is the chain's own: read it, do not change it."""
         size = self._block_size
         wanted = (len(tokens) if num_tokens is None else num_tokens) // size
-        while len(self._hashes) < wanted:
-            start = len(self._hashes) * size
-            block = self._pack(*tokens[start : start + size])
-            self._parent = hashlib.blake2b(self._parent + block, digest_size=HASH_BYTES).digest()
-            self._hashes.append(self._parent)
+        done = len(self._hashes)
+        if done < wanted:
+            packed = _little_endian(tokens[done * size : wanted * size])
+            parent, width = self._parent, 4 * size
+            for start in range(0, len(packed), width):
+                block = packed[start : start + width]
+                parent = blake2b(parent + block, digest_size=HASH_BYTES).digest()
+                self._hashes.append(parent)
+            self._parent = parent
         return self._hashes if len(self._hashes) == wanted else self._hashes[:wanted]
 
     def copy(self) -> HashChain:
         twin = HashChain(self._parent, self._block_size)
         twin._hashes = list(self._hashes)
         return twin
+
+
+def _little_endian(tokens: Sequence[int]) -> bytes:
+    words = array("I", tokens)
+    assert words.itemsize == 4
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from forebay.kv.journal import KvJournal
+
 
 class Holder(Enum):
     """Who keeps a block alive. The first that has a count names the block's state."""
@@ -42,11 +44,13 @@ class BlockCounts:
 
 
 class BlockPool:
-    """Blocks 0 .. num_blocks - 1 of `block_size` tokens. Holds no KV bytes itself."""
+    """Blocks 0 .. num_blocks - 1 of `block_size` tokens. Holds no KV bytes itself. `journal`, when
+    there is one, is told which hashes become findable and which no longer are."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.journal: KvJournal | None = None
         self._refs = {holder: [0] * num_blocks for holder in Holder}
         self._free = deque(range(num_blocks))
         self._lru: dict[int, None] = {}
@@ -117,6 +121,12 @@ class BlockPool:
         if self._hash_of[block] is None and block_hash not in self._by_hash:
             self._hash_of[block] = block_hash
             self._by_hash[block_hash] = block
+            if self.journal is not None:
+                self.journal.stored(block_hash)
+
+    def hashes(self) -> list[bytes]:
+        """Of all findable blocks, in the order in which they became so."""
+        return list(self._by_hash)
 
     def counts(self) -> BlockCounts:
         return BlockCounts(total=self.num_blocks, **self._counts)
@@ -160,6 +170,8 @@ class BlockPool:
         assert block_hash is not None
         del self._by_hash[block_hash]
         self._hash_of[block] = None
+        if self.journal is not None:
+            self.journal.removed(block_hash)
         self._counts[_CACHED] -= 1
         self._counts[_FREE] += 1
         return block

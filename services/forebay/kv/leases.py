@@ -1,8 +1,10 @@
-"""Leases: KV blocks a decode worker keeps for a prompt whose KV has not been committed yet.
+"""Leases: KV blocks a worker keeps for KV that is on its way and has not been committed yet: of a
+prompt that it will decode, or of a prefix that it will not compute.
 
 How long one lasts is its request's matter (forebay.worker.request_table). It ends by `take` (the
-KV is whole, a sequence goes on with the blocks) or by `release`. Blocks of a lease that ends while
-a write to them may still land go into quarantine until the write is over.
+KV is whole, a sequence goes on with the blocks), by `keep` (a prefix is there, and cached) or by
+`release`. Blocks of a lease that ends while a write to them may still land go into quarantine until
+the write is over.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from forebay.kv.block_pool import BlockPool, Holder
 @dataclass(slots=True)
 class Lease:
     """owner: whose tokens these are. block_table: blocks of all `num_tokens`, the leading
-    `num_cached_tokens` of which already hold their KV."""
+    `num_cached_tokens` of which already hold their KV. is_prefix: full blocks for the prefix cache,
+    of which fewer may come; no sequence takes them over."""
 
     lease_id: str
     owner: Hashable
     block_table: list[int]
     num_cached_tokens: int
     num_tokens: int
+    is_prefix: bool = False
     num_writes: int = 0
     ended: bool = False
 
@@ -46,6 +50,8 @@ class LeaseTable:
         owner: Hashable,
         hashes: Sequence[bytes],
         num_tokens: int,
+        *,
+        is_prefix: bool = False,
     ) -> Lease:
         """Holds blocks for `num_tokens`, of which `hashes` are the full blocks' hashes. Raises
         OutOfBlocks, and then holds nothing."""
@@ -65,6 +71,7 @@ class LeaseTable:
             block_table=cached + fresh,
             num_cached_tokens=len(cached) * self._pool.block_size,
             num_tokens=num_tokens,
+            is_prefix=is_prefix,
         )
         self._leases[lease_id] = lease
         return lease
@@ -93,6 +100,14 @@ class LeaseTable:
         self._end(lease)
         self._pool.move(lease.block_table, Holder.LEASE, Holder.SEQUENCE)
         return lease.block_table
+
+    def keep(self, lease: Lease, hashes: Sequence[bytes]) -> None:
+        """Ends the lease; its leading blocks, whose hashes these are, are now in the prefix
+        cache."""
+        assert lease.is_prefix and lease.num_writes == 0
+        for block, block_hash in zip(lease.block_table, hashes, strict=False):
+            self._pool.register(block, block_hash)
+        self.release(lease)
 
     def release(self, lease: Lease) -> None:
         self._end(lease)

@@ -44,6 +44,9 @@ GET_TOKENIZER = _method(
 )
 RESERVE = _method(WORKER_SERVICE, "Reserve", worker_pb2.ReserveRequest, worker_pb2.ReserveResponse)
 PREFILL = _method(WORKER_SERVICE, "Prefill", worker_pb2.PrefillRequest, worker_pb2.PrefillResponse)
+SEND_PREFIX = _method(
+    WORKER_SERVICE, "SendPrefix", worker_pb2.SendPrefixRequest, worker_pb2.SendPrefixResponse
+)
 STEPS = _method(WORKER_SERVICE, "Steps", worker_pb2.StepsRequest, worker_pb2.StepsResponse)
 ABORT = _method(WORKER_SERVICE, "Abort", worker_pb2.AbortRequest, worker_pb2.AbortResponse)
 DRAIN = _method(WORKER_SERVICE, "Drain", worker_pb2.DrainRequest, worker_pb2.DrainResponse)

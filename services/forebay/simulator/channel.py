@@ -41,7 +41,8 @@ class SimChannel:
         self, method: Method[Request, Response], request: Request, deadline: Deadline
     ) -> Response:
         call = self._call(method)
-        data = method.encode_request(request)
+        before = self._network.before_call.get(method.name)
+        data = method.encode_request(before(self._address, request) if before else request)
         call.start_unary(data)
         replay = self._network.tampering.replay(method.name)
         try:

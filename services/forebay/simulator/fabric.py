@@ -67,6 +67,8 @@ class Network:
         self.num_messages = 0
         self.num_skewed = 0
         self.num_refused = 0
+        self.before_call: dict[str, Callable[[str, Any], Any]] = {}
+        """By name of a unary method: (address, request) to the request that is sent there."""
         self.after_call: dict[str, Callable[[Node, Any], None]] = {}
         self.on_push: Callable[[Node, Node], None] | None = None
         self._latency_s = latency_s

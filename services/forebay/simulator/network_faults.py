@@ -12,8 +12,8 @@ from forebay.simulator.loop import Node
 from forebay.simulator.tampering import ArmedKvFault, KvFault, LostAnswer, Replay
 from forebay.simulator.world import World
 
-ANSWERS = ("Reserve", "Prefill", "Abort", "Push")
-REPEATED = ("Reserve", "Prefill", "Abort", "Push", "Push")
+ANSWERS = ("Reserve", "Prefill", "Abort", "Push", "SendPrefix")
+REPEATED = ("Reserve", "Prefill", "Abort", "Push", "Push", "SendPrefix")
 
 
 def _gateway_and_worker(world: World) -> tuple[Node, Node] | None:
@@ -141,6 +141,17 @@ async def flush_redis(world: World) -> Verified:
     return verified(num_records > 0)
 
 
+async def drop_kv_events(world: World) -> Verified:
+    """Redis says that it has taken them, and nobody ever reads them."""
+    streams = world.platform.redis.redis.kv_streams
+    num_doomed = streams.num_doomed = 1 + world.dice.below(4)
+    world.note(f"FAULT: {num_doomed} batches of KV events will vanish")
+    await world.until(lambda: streams.num_doomed == 0, 3.0)
+    num_vanished = num_doomed - streams.num_doomed
+    streams.num_doomed = 0
+    return verified(num_vanished > 0)
+
+
 async def slow_redis(world: World) -> Verified:
     redis = world.platform.redis.node
     others = [g.node for g in world.platform.gateways] + [p.node for p in world.platform.processes]
@@ -168,4 +179,5 @@ KINDS = (
     FaultKind("Redis frozen", freeze_redis),
     FaultKind("Redis flushed", flush_redis),
     FaultKind("Redis slow", slow_redis),
+    FaultKind("KV events dropped", drop_kv_events),
 )

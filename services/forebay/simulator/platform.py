@@ -14,6 +14,7 @@ from forebay.rpc.methods import PROTOCOL_VERSION
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator.dice import Dice
 from forebay.simulator.fabric import Network
+from forebay.simulator.forced_pulls import ForcedPulls
 from forebay.simulator.loop import Node, SimLoop
 from forebay.simulator.processes import Birth, GatewayProcess, RedisProcess, WorkerProcess
 from forebay.simulator.timeline import Timeline
@@ -27,7 +28,8 @@ READY_POLL_S = 0.05
 class PlatformOptions:
     """latency_s: least time of a message between two processes. keep_alive_s: silence after which
     a connection counts as broken. step_s: the longest time of a call of a worker's executor; 0
-    runs it inline. salts: one per gateway."""
+    runs it inline. salts: one per gateway. pull_share: of the prompts for which a gateway names a
+    worker to pull KV from, whatever its router says."""
 
     seed: int
     num_prefill: int = 1
@@ -36,6 +38,7 @@ class PlatformOptions:
     latency_s: float = 0.0005
     keep_alive_s: float = 15.0
     step_s: float = 0.0
+    pull_share: float = 0.0
     salts: tuple[str, ...] = ("simulated",)
     engine: EngineSettings = field(
         default_factory=lambda: EngineSettings(engine="sim", model_id="sim", num_blocks=512)
@@ -70,6 +73,8 @@ class SimulatedPlatform:
             _raise if on_bug is None else on_bug,
         )
         self.network.after_call["Abort"] = self._after_abort
+        pulls = ForcedPulls(Dice(options.seed, 3), options.pull_share, lambda: self.processes)
+        self.network.before_call["Prefill"] = pulls.name_source
         self.network.on_push = self._check_pair
         self._skew = dict(skew or {})
         self.processes: list[WorkerProcess] = []

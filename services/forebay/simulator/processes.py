@@ -18,10 +18,13 @@ from forebay.simulator.channel import SimConnector
 from forebay.simulator.dice import Dice
 from forebay.simulator.executor import SimExecutor
 from forebay.simulator.fabric import Network
+from forebay.simulator.kv_events import SimKvEventSink, SimKvEventSource
 from forebay.simulator.loop import Node
 from forebay.simulator.redis import SimRedis
-from forebay.simulator.registry import REDIS_ADDRESS, SimRegistry
+from forebay.simulator.redis_client import REDIS_ADDRESS, SimRedisClient
+from forebay.simulator.registry import SimRegistry
 from forebay.simulator.watch import WatchedRunner, WorkerWatch
+from forebay.worker.kv_publisher import KvPublisher
 from forebay.worker.worker import Worker
 
 
@@ -70,6 +73,16 @@ class WorkerProcess:
             Rng(birth.seed),
             protocol_version,
         )
+        self.publisher = KvPublisher(
+            self.worker.engine.pool,
+            SimKvEventSink(
+                SimRedisClient(SimConnector(network, self.node)),
+                self.worker.worker_id,
+                self.worker.epoch,
+            ),
+            interval_s=settings.kv_event_interval_s,
+            heartbeat_s=settings.heartbeat_s,
+        )
         watched.watch(self.worker)
         self.watch = WorkerWatch(self.worker, self.node)
         self.node.after_event = self.watch.check_event
@@ -85,17 +98,20 @@ class WorkerProcess:
         self._tasks = [
             self._network.loop.spawn(self.node, self.worker.run()),
             self._network.loop.spawn(self.node, self._heartbeat()),
+            self._network.loop.spawn(self.node, self.publisher.run()),
         ]
 
     async def stop(self, grace_s: float) -> None:
         """On its own node: leaves the registry, drains, ends."""
         self.stopping = True
-        run, heartbeat = self._tasks
+        run, heartbeat, publishing = self._tasks
         heartbeat.cancel()
         await asyncio.gather(heartbeat, return_exceptions=True)
         await asyncio.gather(self.worker.drain(clock.Deadline.after(grace_s)), self._deregister())
         run.cancel()
-        await asyncio.gather(run, return_exceptions=True)
+        publishing.cancel()
+        await asyncio.gather(run, publishing, return_exceptions=True)
+        await self.publisher.close()
         self._network.stop_listening(self.node)
         await self.worker.close()
         await self.registry.close()
@@ -128,8 +144,13 @@ class GatewayProcess:
         self.stopping = False
         self._network = network
         self.registry = SimRegistry(SimConnector(network, self.node))
+        self.events = SimKvEventSource(SimRedisClient(SimConnector(network, self.node)))
         self.service = GatewayService(
-            settings, SimConnector(network, self.node), self.registry, Rng(birth.seed)
+            settings,
+            SimConnector(network, self.node),
+            self.registry,
+            self.events,
+            Rng(birth.seed),
         )
 
     def start(self) -> None:

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from forebay.core import clock
-from forebay.rpc.connector import Method, Routes
+from forebay.rpc.connector import Routes
+from forebay.simulator.kv_events import SimKvStreams
+from forebay.simulator.redis_client import redis_method
 
-
-def _identity(message: Any) -> Any:
-    return message
-
-
-def _method(name: str) -> Method[Any, Any]:
-    """Messages are tuples of immutable values, sent as they are."""
-    return Method("redis", name, _identity, _identity, _identity, _identity)
-
-
-PUT, REMOVE, LIST = _method("Put"), _method("Remove"), _method("List")
+PUT, REMOVE, LIST = redis_method("Put"), redis_method("Remove"), redis_method("List")
 
 Records = tuple[tuple[str, bytes], ...]
 
 
 class SimRedis:
-    """`num_calls` counts what it was asked."""
+    """`num_calls` counts what it was asked about records."""
 
     def __init__(self) -> None:
         self.num_calls = 0
+        self.kv_streams = SimKvStreams()
         self._kinds: dict[str, dict[str, tuple[float, bytes]]] = {}
 
     def routes(self) -> Routes:
-        return Routes(unary=[(PUT, self.put), (REMOVE, self.remove), (LIST, self.list)])
+        routes = self.kv_streams.routes()
+        routes.unary += [(PUT, self.put), (REMOVE, self.remove), (LIST, self.list)]
+        return routes
 
     def flush(self) -> int:
-        """Forgets everything; returns how many records there were."""
-        num_records = sum(len(records) for records in self._kinds.values())
+        """Forgets everything; returns how many records, streams and snapshots there were."""
+        num_records = sum(len(records) for records in self._kinds.values()) + len(self.kv_streams)
         self._kinds.clear()
+        self.kv_streams.flush()
         return num_records
 
     async def put(self, message: tuple[str, str, bytes, float]) -> tuple[()]:

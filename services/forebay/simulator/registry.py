@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from forebay.core.clock import Deadline
-from forebay.core.errors import DeadlineExceeded, ForebayError, Unavailable
 from forebay.rpc.connector import Connector, Method
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator.redis import LIST, PUT, REMOVE, Records, SimRedis
-
-REDIS_ADDRESS = "redis:1"
-TIMEOUT_S = 2.0
-"""As in the registry over a real one."""
+from forebay.simulator.redis_client import SimRedisClient
 
 
 class MemoryRegistry:
@@ -39,6 +36,15 @@ class MemoryRegistry:
         records: Records = await self._call(LIST, "poison")
         return [fingerprint for fingerprint, _ in records]
 
+    async def publish_line(
+        self, gateway_id: str, num_tokens: Mapping[str, int], ttl_s: float
+    ) -> None:
+        await self._call(PUT, ("line", gateway_id, json.dumps(dict(num_tokens)).encode(), ttl_s))
+
+    async def list_lines(self) -> dict[str, dict[str, int]]:
+        records: Records = await self._call(LIST, "line")
+        return {gateway_id: json.loads(record) for gateway_id, record in records}
+
     async def close(self) -> None:
         """Nothing is open."""
 
@@ -47,22 +53,17 @@ class MemoryRegistry:
 
 
 class SimRegistry(MemoryRegistry):
-    """One process's way to the Redis that listens on REDIS_ADDRESS. `num_failures`: calls it had no
-    answer to."""
+    """One process's way to the simulated Redis."""
 
     def __init__(self, connector: Connector) -> None:
-        self.num_failures = 0
-        self._channel = connector.connect(REDIS_ADDRESS)
+        self._client = SimRedisClient(connector)
+
+    @property
+    def num_failures(self) -> int:
+        return self._client.num_failures
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._client.close()
 
     async def _call(self, method: Method[Any, Any], message: Any) -> Any:
-        try:
-            return await self._channel.unary(method, message, Deadline.after(TIMEOUT_S))
-        except DeadlineExceeded as error:
-            self.num_failures += 1
-            raise Unavailable(f"Redis did not answer within {TIMEOUT_S:.0f} s") from error
-        except ForebayError as error:
-            self.num_failures += 1
-            raise Unavailable(f"Redis: {error.message}") from error
+        return await self._client.call(method, message)

@@ -35,6 +35,8 @@ class Report:
     """failures: (seed, error)."""
 
     num_seeds: int = 0
+    num_pulled_tokens: int = 0
+    num_failed_pulls: int = 0
     num_events: int = 0
     num_messages: int = 0
     virtual_s: float = 0.0
@@ -46,6 +48,8 @@ class Report:
 
     def add(self, result: SeedResult) -> None:
         self.num_seeds += 1
+        self.num_pulled_tokens += result.num_pulled_tokens
+        self.num_failed_pulls += result.num_failed_pulls
         self.num_events += result.num_events
         self.num_messages += result.num_messages
         self.virtual_s += result.virtual_s
@@ -65,6 +69,9 @@ class Report:
         rows += [f"{kind:<28} {self.injected[kind]:>9} {self.verified[kind]:>9}" for kind in kinds]
         rows.append(f"{'all':<28} {self.injected.total():>9} {self.verified.total():>9}")
         rows.append("requests: " + ", ".join(f"{n} {end}" for end, n in sorted(self.ends.items())))
+        rows.append(
+            f"pulls: KV of {self.num_pulled_tokens} tokens fetched, {self.num_failed_pulls} in vain"
+        )
         rows.append(
             f"{self.num_seeds} seeds, {self.num_events} events, {self.num_messages} messages, "
             f"{self.virtual_s:.0f} s of virtual time in {self.wall_s:.1f} s: "

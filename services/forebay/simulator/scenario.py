@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from forebay.core.errors import DeadlineExceeded, Overloaded, Unavailable
 from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSettings
-from forebay.simulator import client_faults, network_faults, process_faults
+from forebay.simulator import client_faults, network_faults, process_faults, pull_faults
 from forebay.simulator.client import End, SimClient
 from forebay.simulator.dice import Dice
 from forebay.simulator.faults import FaultKind, Verified
+from forebay.simulator.index_check import disagreement
 from forebay.simulator.loop import SimLoop, run
 from forebay.simulator.platform import PlatformOptions, SimulatedPlatform
 from forebay.simulator.timeline import Timeline
@@ -35,21 +36,28 @@ FAULTS: tuple[FaultKind, ...] = (
     *process_faults.KINDS,
     *network_faults.KINDS,
     *client_faults.KINDS,
+    *pull_faults.KINDS,
 )
 EXHAUSTION, SKEW = "KV exhaustion", "clock skew"
+PULLS = ((0.0, "kv"), (0.5, "kv"), (0.9, "round-robin"))
+"""Share of the prompts for which a pull is forced, and the router's policy: one that follows the
+caches leaves little to pull."""
 ENVIRONMENTS = (EXHAUSTION, SKEW)
 """Kinds that last for a whole seed."""
 
 
 @dataclass(slots=True)
 class SeedResult:
-    """injected, verified: faults by kind. ends: requests by how they ended. lines: the timeline,
-    if it was on. error: what failed."""
+    """injected, verified: faults by kind. ends: requests by how they ended. num_pulled_tokens,
+    num_failed_pulls: KV fetched from other workers' caches, or not. lines: the timeline, if it was
+    on. error: what failed."""
 
     seed: int
     injected: Counter[str] = field(default_factory=Counter)
     verified: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
+    num_pulled_tokens: int = 0
+    num_failed_pulls: int = 0
     num_events: int = 0
     num_messages: int = 0
     virtual_s: float = 0.0
@@ -58,6 +66,7 @@ class SeedResult:
 
 
 def options_of(seed: int, dice: Dice, *, scarce: bool) -> PlatformOptions:
+    pull_share, router_policy = dice.pick(PULLS)
     return PlatformOptions(
         seed=seed,
         num_prefill=2,
@@ -65,6 +74,7 @@ def options_of(seed: int, dice: Dice, *, scarce: bool) -> PlatformOptions:
         latency_s=dice.pick((0.0003, 0.001, 0.004)),
         keep_alive_s=1.5,
         step_s=dice.pick((0.0005, 0.004, 0.012)),
+        pull_share=pull_share,
         salts=("one", "two") if dice.chance(0.5) else ("same", "same"),
         engine=EngineSettings(
             engine="sim",
@@ -89,6 +99,7 @@ def options_of(seed: int, dice: Dice, *, scarce: bool) -> PlatformOptions:
             queue_timeout_s=30.0,
             worker_silence_s=1.5,
             registry_poll_s=0.5,
+            router_policy=router_policy,
         ),
     )
 
@@ -151,6 +162,9 @@ class Scenario:
         await self._rest(world)
         self.result.verified = self._count_verified(world)
         self.result.ends = Counter(client.end or "none" for client in world.clients)
+        pulls = [life.worker._traffic.pulls for life in world.lives]
+        self.result.num_pulled_tokens = sum(p.num_tokens for p in pulls)
+        self.result.num_failed_pulls = sum(p.num_failures for p in pulls)
         if self.result.verified.total() < MIN_FAULTS:
             raise AssertionError(f"only {self.result.verified.total()} faults took place")
 
@@ -249,6 +263,20 @@ class Scenario:
         for gateway in world.platform.gateways:
             if not world.at_rest(gateway):
                 raise AssertionError(f"I7: {gateway.node.name}: {world.in_flight(gateway)}")
+        await self._check_indexes(world)
+
+    async def _check_indexes(self, world: World) -> None:
+        """Whatever became of Redis and of events: gateways know in the end what workers hold."""
+        limit = world.now + REST_S
+        while True:
+            running = [p for p in world.platform.processes if p.node.running]
+            found = [disagreement(gateway, running) for gateway in world.platform.gateways]
+            wrong = [text for text in found if text]
+            if not wrong:
+                return
+            if world.now >= limit:
+                raise AssertionError(wrong[0])
+            await asyncio.sleep(TICK_S)
 
 
 def simulate(seed: int, *, timeline: bool = False) -> SeedResult:

@@ -197,7 +197,9 @@ class WorkerWatch:
             "requests": len(worker._requests),
             "sequences": worker.engine.num_sequences,
             "leases": len(worker.leases),
-            "transfers": len(worker._transfers),
+            "transfers": len(worker._traffic.transfers),
+            "pulls": len(worker._traffic.pulls),
+            "prefixes sent": len(worker._traffic.prefix_sends),
         }
 
     def _check_choices(self, key: RequestKey) -> None:

@@ -43,20 +43,20 @@ class RedisRecords:
         self._prefix = f"forebay:{kind}:"
 
     async def put(self, record_id: str, record: bytes, ttl_s: float) -> None:
-        async with _translated(), self._client.pipeline(transaction=True) as pipe:
+        async with translated(), self._client.pipeline(transaction=True) as pipe:
             pipe.set(self._prefix + record_id, record, px=max(1, int(ttl_s * 1000)))
             pipe.sadd(self._ids, record_id)
             await pipe.execute()
 
     async def remove(self, record_id: str) -> None:
-        async with _translated(), self._client.pipeline(transaction=True) as pipe:
+        async with translated(), self._client.pipeline(transaction=True) as pipe:
             pipe.delete(self._prefix + record_id)
             pipe.srem(self._ids, record_id)
             await pipe.execute()
 
     async def list(self) -> dict[str, bytes]:
         """By id, in the order of the ids. Forgets the ids of records that have run out."""
-        async with _translated():
+        async with translated():
             members = await cast("Awaitable[set[bytes]]", self._client.smembers(self._ids))
             ids = sorted(member.decode() for member in members)
             found = await self._client.mget([self._prefix + i for i in ids]) if ids else []
@@ -68,10 +68,11 @@ class RedisRecords:
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
-    """One call to Redis, within `_TIMEOUT_S`."""
+async def translated(wait_s: float = 0.0) -> AsyncIterator[None]:
+    """One call to Redis, which is to wait for `wait_s` there. Raises Unavailable when the answer
+    takes `_TIMEOUT_S` longer."""
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(wait_s + _TIMEOUT_S):
             yield
     except TimeoutError as error:
         raise Unavailable(f"Redis did not answer within {_TIMEOUT_S:.0f} s") from error

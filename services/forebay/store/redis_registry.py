@@ -1,8 +1,10 @@
-"""The worker registry and the poison list in Redis."""
+"""The worker registry, the gateways' lines and the poison list in Redis."""
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 
 import redis.asyncio as redis
 from google.protobuf.message import DecodeError
@@ -20,6 +22,7 @@ class RedisRegistry:
         self._client = client
         self._workers = RedisRecords(client, "worker")
         self._poison = RedisRecords(client, "poison")
+        self._lines = RedisRecords(client, "line")
 
     @classmethod
     def connect(cls, url: str) -> RedisRegistry:
@@ -46,6 +49,21 @@ class RedisRegistry:
 
     async def list_poison(self) -> list[str]:
         return list(await self._poison.list())
+
+    async def publish_line(
+        self, gateway_id: str, num_tokens: Mapping[str, int], ttl_s: float
+    ) -> None:
+        await self._lines.put(gateway_id, json.dumps(dict(num_tokens)).encode(), ttl_s)
+
+    async def list_lines(self) -> dict[str, dict[str, int]]:
+        lines = {}
+        for gateway_id, record in (await self._lines.list()).items():
+            try:
+                found = json.loads(record)
+                lines[gateway_id] = {str(name): int(count) for name, count in found.items()}
+            except (ValueError, TypeError, AttributeError):
+                log.warning("the line of gateway %s cannot be read", gateway_id)
+        return lines
 
     async def close(self) -> None:
         await self._client.aclose()

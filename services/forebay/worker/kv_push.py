@@ -1,17 +1,18 @@
-"""The KV of one prompt on its way to the worker that decodes it: read layer group by layer group,
-while the next layers are computed, and handed to the transport."""
+"""The KV of one prompt, or of a prefix, on its way to another worker: read layer group by layer
+group, while the next layers are computed, and handed to the transport."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from crc32c import crc32c
 
 from forebay.core import clock
 from forebay.core.executor import Executor
-from forebay.engine.interface import Runner
+from forebay.engine.interface import Batch, LayerHook, Runner
 from forebay.engine.sequence import Sequence
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.frames import FrameSlice, chained, encode_commit, encode_frame, plan_frames
@@ -133,14 +134,14 @@ class KvPush:
         sequence: Sequence,
     ) -> None:
         self.target = target
+        self.sequence = sequence
         self.committed = False
         self._reader = reader
         self._executor = executor
-        self._sequence = sequence
         self._num_tokens = len(sequence.tokens)
         self._frames: deque[bytes] = deque()
         self._num_needed = reader.num_needed
-        self._first_tokens: tuple[tuple[int, int], ...] = ()
+        self._first_tokens: tuple[tuple[int, int], ...] | None = None
         self._closed = False
         self._error: Exception | None = None
         self._waiting_since: float | None = None
@@ -157,9 +158,9 @@ class KvPush:
             if self._frames:
                 self._room.set()
                 return self._handed_over(self._frames.popleft())
-            if whole and self._first_tokens:
+            if whole and self._first_tokens is not None:
                 self.committed = True
-                return self._handed_over(self._commit())
+                return self._handed_over(self._commit(self._first_tokens))
             self._waiting_since = None
             self._more.clear()
             await self._more.wait()
@@ -168,7 +169,7 @@ class KvPush:
     def extent(self, step_end: int = 0) -> Extent | None:
         """For a read that is handed to the executor now; None without anything to read.
         `step_end`: where the chunk ends that the step computes, when the read is its hook."""
-        sequence = self._sequence
+        sequence = self.sequence
         start = sequence.num_computed_tokens
         end = max(start, step_end)
         if self._closed or end < self._num_needed or not sequence.block_table:
@@ -210,7 +211,8 @@ class KvPush:
                 await self._room.wait()
 
     def complete(self, first_tokens: tuple[tuple[int, int], ...]) -> None:
-        """The prompt is computed: what is left may be read, and the commit follows it."""
+        """All KV is there: what is left may be read, and the commit follows it. A prefix has no
+        first tokens."""
         self._first_tokens = first_tokens
         self._stir()
 
@@ -238,8 +240,8 @@ class KvPush:
         self._more.set()
         self._room.set()
 
-    def _commit(self) -> bytes:
-        reader, first_tokens = self._reader, self._first_tokens
+    def _commit(self, first_tokens: tuple[tuple[int, int], ...]) -> bytes:
+        reader = self._reader
         return encode_commit(
             kv_transfer_pb2.KvCommit(
                 lease_id=self.target.lease_id,
@@ -253,3 +255,30 @@ class KvPush:
                 ],
             )
         )
+
+
+def layer_hook(
+    pushes: Collection[KvPush], batch: Batch, sequences: list[Sequence]
+) -> LayerHook | None:
+    """For the step of `batch`, whose `sequences` these are; on the loop, right before the step is
+    handed to the executor. The hook reads for every push, also for those whose prompt is not in the
+    batch: between layers is sooner than after the step."""
+    if not pushes:
+        return None
+    ends = {
+        sequence: item.start + item.num_tokens
+        for sequence, item in zip(sequences, batch.sequences, strict=True)
+    }
+    reads = []
+    for push in pushes:
+        extent = push.extent(ends.get(push.sequence, 0))
+        if extent is not None:
+            reads.append((push, extent))
+    if not reads:
+        return None
+
+    def on_layer(layer: int) -> None:
+        for push, extent in reads:
+            push.read_in_step(extent, layer + 1)
+
+    return on_layer

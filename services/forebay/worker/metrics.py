@@ -9,7 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from forebay.core import clock
 from forebay.rpc.v1 import worker_pb2
+from forebay.worker.requests import WorkerRequest
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -17,13 +19,15 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens computed here up to the next token, resumed answers' included.",
     "generation_tokens": "Tokens sampled here.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
-    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache, pulled ones included.",
     "preemptions": "Sequences preempted because no KV block was left.",
-    "kv_bytes_sent": "KV bytes pushed to decode workers.",
-    "kv_bytes_received": "KV bytes received from prefill workers.",
+    "kv_bytes_sent": "KV bytes pushed to other workers.",
+    "kv_bytes_received": "KV bytes received from other workers.",
     "kv_transfer_failures": "KV transfers that failed, sent or received.",
     "expired_leases": "Requests that ended because their gateway did not renew their lease.",
     "requests": "Requests accepted.",
+    "kv_pulled_tokens": "Prompt tokens whose KV was fetched from another worker.",
+    "kv_pull_failures": "Prompts that waited for KV from another worker in vain.",
 }
 
 
@@ -55,11 +59,14 @@ class WorkerMetrics:
     def count_handed_over(self) -> None:
         self._handed_over.labels(self._model_name).inc()
 
-    def observe_prefill(self, seconds: float) -> None:
-        self._prefill_s.labels(self._model_name).observe(seconds)
-
-    def observe_decode(self, seconds: float) -> None:
-        self._decode_s.labels(self._model_name).observe(seconds)
+    def observe_token(self, request: WorkerRequest, *, is_first: bool, is_last: bool) -> None:
+        """Of one choice; the first token of the request's choices ends its first phase."""
+        if is_first and not request.first_token_sent:
+            request.first_token_sent = True
+            self._prefill_s.labels(self._model_name).observe(clock.now() - request.since)
+            request.since = clock.now()
+        if is_last and not is_first:
+            self._decode_s.labels(self._model_name).observe(clock.now() - request.since)
 
     def observe_transfer(self, seconds: float) -> None:
         self._transfer_s.labels(self._model_name).observe(seconds)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from forebay.core.errors import ForebayError
 from forebay.engine.engine import Engine, Prefilled
-from forebay.engine.interface import Batch, LayerHook
 from forebay.engine.sequence import RequestKey, Sequence
 from forebay.worker.kv_push import KvPush
 from forebay.worker.requests import WorkerRequest
@@ -55,6 +54,10 @@ class Transfers:
         """Those aborted count until their push has wound up."""
         return len(self._tasks)
 
+    @property
+    def pushes(self) -> list[KvPush]:
+        return [transfer.push for transfer in self._by_key.values()]
+
     def open(self, request: WorkerRequest, sequence: Sequence) -> None:
         """Right after `sequence` has been queued: connects, and waits for it to be computed."""
         assert request.target is not None and request.key not in self._by_key
@@ -64,30 +67,6 @@ class Transfers:
         self._by_key[request.key] = transfer
         self._tasks.add(transfer.task)
         transfer.task.add_done_callback(self._tasks.discard)
-
-    def layer_hook(self, batch: Batch, sequences: list[Sequence]) -> LayerHook | None:
-        """For the step of `batch`, whose `sequences` these are; on the loop, right before the step
-        is handed to the executor. The hook reads for every transfer, also for those whose prompt is
-        not in the batch: between layers is sooner than after the step."""
-        if not self._by_key:
-            return None
-        ends = {
-            sequence: item.start + item.num_tokens
-            for sequence, item in zip(sequences, batch.sequences, strict=True)
-        }
-        reads = []
-        for transfer in self._by_key.values():
-            extent = transfer.push.extent(ends.get(transfer.sequence, 0))
-            if extent is not None:
-                reads.append((transfer.push, extent))
-        if not reads:
-            return None
-
-        def on_layer(layer: int) -> None:
-            for push, extent in reads:
-                push.read_in_step(extent, layer + 1)
-
-        return on_layer
 
     def complete(self, prefilled: Prefilled) -> None:
         """The prompt is computed: sends the rest and commits. One whose transfer has ended is

@@ -15,8 +15,10 @@ from forebay.core.settings import WorkerSettings
 from forebay.engine.loader import load_runner
 from forebay.rpc.grpc_connector import GrpcConnector
 from forebay.rpc.grpc_listener import GrpcListener
+from forebay.store.redis_kv_events import RedisKvEventSink
 from forebay.store.redis_registry import RedisRegistry
 from forebay.store.registry import Registry
+from forebay.worker.kv_publisher import KvPublisher
 from forebay.worker.thread_executor import ThreadExecutor
 from forebay.worker.worker import Worker
 
@@ -33,6 +35,7 @@ class WorkerProcess:
         self._registry: Registry = RedisRegistry.connect(settings.redis_url)
         self._executor = ThreadExecutor()
         self._worker: Worker | None = None
+        self._publisher: KvPublisher | None = None
         self._listener: GrpcListener | None = None
         self._metrics_server: Any = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -49,6 +52,12 @@ class WorkerProcess:
         settings = self._settings
         runner = await self._executor.run(load_runner, settings.engine)
         worker = Worker(settings, runner, self._executor, GrpcConnector(), Rng())
+        publisher = self._publisher = KvPublisher(
+            worker.engine.pool,
+            RedisKvEventSink.connect(settings.redis_url, worker.worker_id, worker.epoch),
+            interval_s=settings.kv_event_interval_s,
+            heartbeat_s=settings.heartbeat_s,
+        )
         host = settings.advertise_host or settings.host
         self._metrics_server, _ = start_http_server(
             settings.metrics_port, settings.host, registry=worker.metrics.registry
@@ -60,6 +69,7 @@ class WorkerProcess:
         await self._listener.start()
         worker.endpoint = f"{host}:{self._listener.port}"
         await self._registry.publish(worker.description(), settings.registry_ttl_s)
+        self._tasks["publisher"] = asyncio.create_task(publisher.run())
         self._tasks["heartbeat"] = asyncio.create_task(self._heartbeat(worker))
         log.info("%s listens on %s", worker.worker_id, worker.endpoint)
 
@@ -90,6 +100,9 @@ class WorkerProcess:
             )
             log.info("%s has drained, %d sequences handed over", worker.worker_id, num_left)
         await self._end("worker")
+        await self._end("publisher")
+        if self._publisher is not None:
+            await self._publisher.close()
         if worker is not None:
             await worker.close()
         if self._listener is not None:

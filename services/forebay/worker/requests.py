@@ -18,7 +18,8 @@ from forebay.rpc.v1 import worker_pb2
 class WorkerRequest:
     """`going_on`: the choices without a finish yet. `since`: when the current phase began, on the
     loop's clock. `lease`: until when it lives unless renewed; the request table keeps it. `target`:
-    where the KV goes once the prompt is computed, if elsewhere."""
+    where the KV goes once the prompt is computed, if elsewhere. `num_pulled_tokens`: leading ones
+    whose KV was fetched from another worker for this request."""
 
     start: SequenceStart
     deadline: Deadline
@@ -27,6 +28,7 @@ class WorkerRequest:
     going_on: set[int] = field(default_factory=set)
     target: worker_pb2.TransferTarget | None = None
     first_token_sent: bool = False
+    num_pulled_tokens: int = 0
 
     @property
     def key(self) -> RequestKey:

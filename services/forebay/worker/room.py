@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from forebay.core.errors import Overloaded
 from forebay.engine.engine import Engine
+from forebay.engine.wire import load_of
+from forebay.rpc.v1 import worker_pb2
+from forebay.worker.pull import MAX_PULLS, Pulls
 from forebay.worker.request_table import RequestTable
 from forebay.worker.requests import WorkerRequest
 
@@ -12,10 +15,13 @@ PREFILL_QUEUE_STEPS = 2
 
 
 class Room:
-    """Only reads what the engine and the requests say now."""
+    """Only reads what the engine, the pulls and the requests say now."""
 
-    def __init__(self, engine: Engine, requests: RequestTable, max_batch_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, pulls: Pulls, requests: RequestTable, max_batch_tokens: int
+    ) -> None:
         self._engine = engine
+        self._pulls = pulls
         self._requests = requests
         self._max_queued_tokens = PREFILL_QUEUE_STEPS * max_batch_tokens
 
@@ -25,7 +31,16 @@ class Room:
         let in."""
         if not self._has_slot or self._num_spare_blocks < 1:
             return 0
-        return max(0, self._max_queued_tokens - self._engine.num_pending_prefill_tokens)
+        if self._pulls.num_waiting >= MAX_PULLS:
+            return 0
+        return max(0, self._max_queued_tokens - self._num_pending_tokens)
+
+    def load(self) -> worker_pb2.WorkerLoad:
+        """Prompts that wait for KV from elsewhere wait like others."""
+        load = load_of(self._engine, self.prefill_tokens)
+        load.num_waiting += self._pulls.num_waiting
+        load.num_pending_prefill_tokens = self._num_pending_tokens
+        return load
 
     def check(self, request: WorkerRequest) -> None:
         """Raises Overloaded: a prompt is let in only if every running sequence could still grow by
@@ -36,6 +51,12 @@ class Room:
         if self._engine.pool.blocks_for(len(request.start.tokens)) > self._num_spare_blocks:
             raise Overloaded("not enough free KV blocks")
 
+    def check_prefill(self, request: WorkerRequest) -> None:
+        """`check`, and raises Overloaded for one that would only wait."""
+        self.check(request)
+        if self.prefill_tokens == 0:
+            raise Overloaded("enough prompts wait here already")
+
     @property
     def _has_slot(self) -> bool:
         """A prompt whose KV goes elsewhere is one sequence, whatever its choices."""
@@ -43,6 +64,12 @@ class Room:
         return num_seqs < self._engine.max_num_seqs
 
     @property
+    def _num_pending_tokens(self) -> int:
+        """To be computed; of prompts that wait for KV from elsewhere only what stays behind it."""
+        return self._engine.num_pending_prefill_tokens + self._pulls.num_pending_tokens
+
+    @property
     def _num_spare_blocks(self) -> int:
         engine = self._engine
-        return engine.pool.num_available - engine.num_waiting_blocks - engine.num_running
+        num_waiting = engine.num_waiting_blocks + self._pulls.num_waiting_blocks
+        return engine.pool.num_available - num_waiting - engine.num_running

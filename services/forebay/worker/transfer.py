@@ -1,14 +1,18 @@
-"""KV from a prefill worker to a decode worker: the sending and the receiving half.
+"""KV from one worker to another: the sending and the receiving half.
 
 The receiver writes only under a lease it holds, accepts each layer's tokens in order and without
 gaps, and hands the blocks over only after a commit whose counts and checksums agree. What came
 already is skipped; everything else that does not fit ends the push and leaves the lease as it is.
+
+A prompt comes whole, with its first tokens; a prefix comes without them, and may be shorter than
+what was asked for: the sender had no more.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +25,7 @@ from forebay.engine.interface import Runner
 from forebay.engine.sequence import Sequence
 from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc.connector import Channel, Connector
-from forebay.rpc.methods import KV_PUSH
+from forebay.rpc.methods import KV_PUSH, SEND_PREFIX
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.frames import Frame, chained, decode_message
 from forebay.worker.kv_push import FrameReader, KvPush
@@ -37,16 +41,16 @@ class KvTransport(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """A channel and the pushes on it."""
+    """A channel and the calls on it."""
 
     channel: Channel
-    num_pushes: int = 0
+    num_calls: int = 0
     lost: bool = False
 
 
 class ConnectorKvTransport:
-    """Over the connector, which is gRPC in production; keeps one channel per address, until a push
-    finds nobody there: the next one connects anew, and the channel closes after its last push."""
+    """Over the connector, which is gRPC in production; keeps one channel per address, until a call
+    finds nobody there: the next one connects anew, and the channel closes after its last call."""
 
     def __init__(self, connector: Connector) -> None:
         self._connector = connector
@@ -55,27 +59,39 @@ class ConnectorKvTransport:
     async def push(
         self, address: str, messages: AsyncIterator[bytes], deadline: Deadline
     ) -> kv_transfer_pb2.PushResponse:
+        async with self._channel(address) as channel:
+            return await channel.push(KV_PUSH, messages, deadline)
+
+    async def send_prefix(
+        self, address: str, message: worker_pb2.SendPrefixRequest, deadline: Deadline
+    ) -> worker_pb2.SendPrefixResponse:
+        """Raises what the worker there raises, Unavailable, or DeadlineExceeded."""
+        async with self._channel(address) as channel:
+            return await channel.unary(SEND_PREFIX, message, deadline)
+
+    async def close(self) -> None:
+        """After the last call."""
+        while self._lines:
+            _, line = self._lines.popitem()
+            await line.channel.close()
+
+    @asynccontextmanager
+    async def _channel(self, address: str) -> AsyncIterator[Channel]:
         if address not in self._lines:
             self._lines[address] = _Line(self._connector.connect(address))
         line = self._lines[address]
-        line.num_pushes += 1
+        line.num_calls += 1
         try:
-            return await line.channel.push(KV_PUSH, messages, deadline)
+            yield line.channel
         except Unavailable:
             line.lost = True
             if self._lines.get(address) is line:
                 del self._lines[address]
             raise
         finally:
-            line.num_pushes -= 1
-            if line.lost and line.num_pushes == 0:
+            line.num_calls -= 1
+            if line.lost and line.num_calls == 0:
                 await line.channel.close()
-
-    async def close(self) -> None:
-        """After the last push."""
-        while self._lines:
-            _, line = self._lines.popitem()
-            await line.channel.close()
 
 
 class KvSender:
@@ -133,7 +149,8 @@ class _Progress:
 
 class KvReceiver:
     """Writes pushed KV into leased blocks. `on_commit(lease, first_tokens)` is called once per
-    whole transfer and takes the lease over; it may raise KvTransferError, and then has not.
+    whole prompt, `on_prefix(lease, num_tokens)` once per prefix, of which so many leading tokens
+    are here; they take the lease over, or raise KvTransferError, and then have not.
 
     num_failures: pushes refused for something that came in them; one that merely ends too early is
     its sender's to count. num_duplicates: frames that had come before."""
@@ -144,6 +161,7 @@ class KvReceiver:
         executor: Executor,
         leases: LeaseTable,
         on_commit: Callable[[Lease, list[tuple[int, int]]], None],
+        on_prefix: Callable[[Lease, int], None],
         protocol_version: int,
     ) -> None:
         self.num_bytes = 0
@@ -153,6 +171,7 @@ class KvReceiver:
         self._executor = executor
         self._leases = leases
         self._on_commit = on_commit
+        self._on_prefix = on_prefix
         self._protocol_version = protocol_version
         self._under_way: set[str] = set()
 
@@ -239,15 +258,19 @@ class KvReceiver:
         """Once per lease: it ends with it, and a later commit finds none."""
         lease = progress.lease
         first_tokens = [(first.choice, first.token_id) for first in commit.first_tokens]
-        if any(token != lease.num_tokens for token in progress.next_token):
+        num_tokens = progress.next_token[0] if lease.is_prefix else lease.num_tokens
+        if any(token != num_tokens for token in progress.next_token):
             raise KvTransferError("commit before all of the KV has arrived")
         checksum = chained(progress.checksum, *(n for first in first_tokens for n in first))
         counted = (progress.num_frames, progress.num_bytes, checksum)
         if counted != (commit.num_frames, commit.num_bytes, commit.crc32c):
             raise KvTransferError("the commit's counts or checksum differ from what arrived")
-        if not first_tokens:
-            raise KvTransferError("a commit without first tokens")
-        self._on_commit(lease, first_tokens)
+        if lease.is_prefix == bool(first_tokens):
+            raise KvTransferError("a prompt comes with first tokens, a prefix without")
+        if lease.is_prefix:
+            self._on_prefix(lease, num_tokens)
+        else:
+            self._on_commit(lease, first_tokens)
 
     def _import(self, block_table: list[int], frame: Frame) -> None:
         header = frame.header

@@ -17,7 +17,7 @@ from forebay.core.settings import WorkerSettings
 from forebay.engine.engine import Engine, StepOutcome
 from forebay.engine.interface import Runner
 from forebay.engine.sequence import RequestKey, Sequence
-from forebay.engine.wire import counters_of, error_to_proto, load_of, output_to_proto
+from forebay.engine.wire import counters_of, error_to_proto, output_to_proto
 from forebay.kv.block_pool import OutOfBlocks
 from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc import methods
@@ -26,13 +26,12 @@ from forebay.rpc.conversions import role_to_proto
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.decode import Reservations
 from forebay.worker.engine_loop import EngineLoop
+from forebay.worker.kv_traffic import KvTraffic
 from forebay.worker.metrics import WorkerMetrics
-from forebay.worker.prefill import Transfers
 from forebay.worker.request_table import RequestTable
 from forebay.worker.requests import WorkerRequest, accept
 from forebay.worker.room import Room
 from forebay.worker.step_streams import StepStreams, read_hello
-from forebay.worker.transfer import ConnectorKvTransport, KvReceiver, KvSender
 
 SWEEP_S = 0.25
 """How often leases, health, absent gateways and silent streams are looked at."""
@@ -69,24 +68,26 @@ class Worker:
             max_batch_tokens=settings.engine.max_batch_tokens,
             max_num_seqs=settings.engine.max_num_seqs,
         )
-        self._room = Room(self.engine, self._requests, settings.engine.max_batch_tokens)
         self.leases = LeaseTable(self.engine.pool, self.epoch)
         self._streams = StepStreams(self._message, self._on_message)
         self._reservations = Reservations(self.engine, self.leases, rng)
-        self._transport = ConnectorKvTransport(connector)
-        self._sender = KvSender(
-            runner, executor, self._transport, settings.kv_frame_kib * 1024, protocol_version
+        self._traffic = KvTraffic(
+            self.engine,
+            self.leases,
+            executor,
+            connector,
+            rng,
+            max_frame_bytes=settings.kv_frame_kib * 1024,
+            protocol_version=protocol_version,
+            on_transfer_end=self._on_transfer_end,
+            on_commit=self._on_commit,
+            on_change=lambda: self._loop.wake(),
         )
-        self._transfers = Transfers(self.engine, self._sender, self._on_transfer_end)
-        self._receiver = KvReceiver(
-            runner, executor, self.leases, self._on_commit, protocol_version
+        self._room = Room(
+            self.engine, self._traffic.pulls, self._requests, settings.engine.max_batch_tokens
         )
         self._loop = EngineLoop(
-            self.engine,
-            executor,
-            self._on_outcome,
-            self._on_failed_step,
-            self._transfers.layer_hook,
+            self.engine, executor, self._on_outcome, self._on_failed_step, self._traffic.layer_hook
         )
         self.metrics = WorkerMetrics(self.description)
 
@@ -97,6 +98,7 @@ class Worker:
                 (methods.GET_TOKENIZER, self.get_tokenizer),
                 (methods.RESERVE, self.reserve),
                 (methods.PREFILL, self.prefill),
+                (methods.SEND_PREFIX, self.send_prefix),
                 (methods.ABORT, self.abort),
                 (methods.DRAIN, self.drain_on_call),
             ],
@@ -134,8 +136,7 @@ class Worker:
 
     async def close(self) -> None:
         """After `run` has ended: cuts what is still open."""
-        await self._transfers.close()
-        await self._transport.close()
+        await self._traffic.close()
 
     def check_health(self) -> None:
         """Raises InternalError when the engine hangs or keeps failing."""
@@ -146,21 +147,21 @@ class Worker:
         self.engine.check_integrity()
         self.leases.check_integrity()
         self._requests.check_integrity()
-        assert len(self._reservations) == len(self.leases)
+        self._traffic.pulls.check_integrity()
+        num_leases = len(self._reservations) + self._traffic.pulls.num_leases
+        assert num_leases == len(self.leases)
 
     @property
     def idle(self) -> bool:
-        return not (self._requests or self.engine.num_sequences or self._transfers)
+        return not (self._requests or self.engine.num_sequences or self._traffic)
 
     def load(self) -> worker_pb2.WorkerLoad:
-        return load_of(self.engine, self._room.prefill_tokens)
+        return self._room.load()
 
     def description(self) -> worker_pb2.WorkerDescription:
         """Only reads, so that the metrics listener's thread may call it too."""
         counters = counters_of(self.engine)
-        counters.kv_bytes_sent = self._sender.num_bytes
-        counters.kv_bytes_received = self._receiver.num_bytes
-        counters.kv_transfer_failures = self._transfers.num_failures + self._receiver.num_failures
+        self._traffic.count(counters)
         counters.expired_leases = self._requests.num_expired
         counters.requests = self._requests.num_accepted
         return worker_pb2.WorkerDescription(
@@ -190,7 +191,7 @@ class Worker:
         request = self._accept(message.sequence)
         lease = self._reservations.find(request.key)
         if lease is None:
-            if self.engine.sequences(request.key):
+            if self._traffic.has_prompt(request.key):
                 raise InvalidRequest("the request is decoded here already", param="request_id")
             self._room.check(request)
             try:
@@ -210,23 +211,24 @@ class Worker:
     async def prefill(self, message: worker_pb2.PrefillRequest) -> worker_pb2.PrefillResponse:
         """A repeated call for the same attempt has no effect."""
         request = self._accept(message.sequence)
-        if self.engine.sequences(request.key):
-            return worker_pb2.PrefillResponse()
-        self._room.check(request)
-        if self._room.prefill_tokens == 0:
-            raise Overloaded("enough prompt tokens wait here already")
-        request.target = message.target if message.HasField("target") else None
-        if message.target.start_token > len(request.start.tokens):
-            raise InvalidRequest("start_token lies past the prompt", param="target.start_token")
-        sequence = self.engine.submit(request.start, prefill_only=request.target is not None)
-        if request.target is not None:
-            self._transfers.open(request, sequence)
-        self._enter(request)
+        if self._reservations.find(request.key) is not None:
+            raise InvalidRequest("its KV is awaited here already", param="request_id")
+        if not self._traffic.has_prompt(request.key):
+            self._room.check_prefill(request)
+            self._traffic.begin(request, message, self.endpoint)
+            self._enter(request)
         return worker_pb2.PrefillResponse()
+
+    async def send_prefix(
+        self, message: worker_pb2.SendPrefixRequest
+    ) -> worker_pb2.SendPrefixResponse:
+        """Ends with its caller's interest, or its time."""
+        self._check_accepting()
+        return await self._traffic.prefix_sends.send(message)
 
     async def push(self, messages: AsyncIterator[bytes]) -> kv_transfer_pb2.PushResponse:
         try:
-            return await self._receiver.push(messages)
+            return await self._traffic.receiver.push(messages)
         finally:
             self._loop.wake()  # blocks may have left quarantine
 
@@ -270,11 +272,15 @@ class Worker:
         except InternalError as error:
             raise Unavailable(error.message) from error
 
-    def _accept(self, spec: worker_pb2.SequenceSpec) -> WorkerRequest:
-        """Validates, and makes a newer attempt of a request end the older one."""
+    def _check_accepting(self) -> None:
+        """Raises Unavailable."""
         if self.draining:
             raise Unavailable("the worker is draining")
         self._check_alive()
+
+    def _accept(self, spec: worker_pb2.SequenceSpec) -> WorkerRequest:
+        """Validates, and makes a newer attempt of a request end the older one."""
+        self._check_accepting()
         request = accept(spec, self._runner.model, self._settings.lease_s)
         if not self._streams.is_attached(request.key.gateway_id):
             raise Unavailable("the gateway has no step stream to this worker")
@@ -292,7 +298,7 @@ class Worker:
         """Frees all that is held for a request that is here."""
         self._requests.remove(request.key)
         self._reservations.abort(request.key, frozenset())
-        self._transfers.abort(request.key)
+        self._traffic.abort(request.key)
         self.engine.abort(request.key)
         self._loop.wake()
         if self._said_full and self._room.prefill_tokens:
@@ -340,19 +346,14 @@ class Worker:
             if request is None or output.choice not in request.going_on:
                 self.engine.abort(output.key, frozenset((output.choice,)))
                 continue
-            is_first = output.num_cached_tokens is not None
-            if is_first and not request.first_token_sent:
-                request.first_token_sent = True
-                self.metrics.observe_prefill(clock.now() - request.since)
-                request.since = clock.now()
-            if output.finish is not None:
-                if not is_first:
-                    self.metrics.observe_decode(clock.now() - request.since)
+            is_first, is_last = output.num_cached_tokens is not None, output.finish is not None
+            self.metrics.observe_token(request, is_first=is_first, is_last=is_last)
+            if is_last:
                 self._end_choices(request, (output.choice,))
-            message = output_to_proto(output)
+            message = output_to_proto(output, request.num_pulled_tokens)
             by_gateway.setdefault(output.key.gateway_id, []).append(message)
         for prefilled in outcome.prefilled:
-            self._transfers.complete(prefilled)
+            self._traffic.transfers.complete(prefilled)
         for gateway_id, outputs in by_gateway.items():
             self._streams.send(gateway_id, self._message(outputs))
 
@@ -386,7 +387,7 @@ class Worker:
             self.check_health()
         except InternalError as error:
             self._streams.close(error.message)
-        self._transfers.sweep()
+        self._traffic.transfers.sweep()
         for request in self._requests.expired():
             if request.deadline.expired:
                 message, resumable = "the request's deadline passed", False

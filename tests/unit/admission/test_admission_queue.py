@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from forebay.admission.queue import RETRY_EVERY_S, AdmissionQueue
+from forebay.admission.queue import RETRY_EVERY_S, AdmissionQueue, NoPlace
 from forebay.core import clock
 from forebay.core.clock import Deadline
 from forebay.core.errors import Overloaded, Unavailable
@@ -22,12 +22,12 @@ class Places:
         self.taken: list[str] = []
         self.num_attempts = 0
 
-    def attempt(self, name: str) -> Callable[[], Awaitable[str | None]]:
-        async def attempt() -> str | None:
+    def attempt(self, name: str) -> Callable[[], Awaitable[str | NoPlace]]:
+        async def attempt() -> str | NoPlace:
             self.num_attempts += 1
             await asyncio.sleep(self.takes_s)
             if not self.num_free:
-                return None
+                return NoPlace.NOBODY_PASSES
             self.num_free -= 1
             self.taken.append(name)
             return name
@@ -177,10 +177,10 @@ def test_an_error_of_the_first_wakes_the_next() -> None:
     async def main() -> None:
         queue, places = AdmissionQueue(5), Places(0)
 
-        async def broken() -> str | None:
+        async def broken() -> str | NoPlace:
             if places.num_free:
                 raise Unavailable("away")
-            return None
+            return NoPlace.NOBODY_PASSES
 
         first = asyncio.create_task(queue.admit(broken, limit()))
         second = wait_in_line(queue, places, "b")
@@ -199,11 +199,11 @@ def test_a_change_during_an_attempt_is_not_missed() -> None:
         queue, places = AdmissionQueue(5), Places(0)
         looked = asyncio.Event()
 
-        async def slow() -> str | None:
+        async def slow() -> str | NoPlace:
             free = places.num_free
             looked.set()
             await asyncio.sleep(0.1)
-            return "a" if free else None
+            return "a" if free else NoPlace.NOBODY_PASSES
 
         task = asyncio.create_task(queue.admit(slow, limit()))
         await asyncio.sleep(0.15)  # in line now, in the middle of an attempt
@@ -334,5 +334,87 @@ def test_a_first_one_that_is_overtaken_as_it_is_woken_waits_again() -> None:
         queue.notify()
         await asyncio.gather(first, urgent)
         assert places.taken == ["x", "a"]
+
+    loop.run(main())
+
+
+class OwnPlaces:
+    """A place of its own for each, which it waits for; `tries` in the order of attempts."""
+
+    def __init__(self) -> None:
+        self.free: set[str] = set()
+        self.tries: list[str] = []
+
+    def wait(self, queue: AdmissionQueue, name: str, **how: bool) -> asyncio.Task[str]:
+        async def attempt() -> str | NoPlace:
+            self.tries.append(name)
+            return name if name in self.free else NoPlace.ASIDE
+
+        def may_try() -> bool:
+            return name not in self.tries or name in self.free
+
+        return asyncio.create_task(queue.admit(attempt, limit(), may_try=may_try, **how))
+
+
+def test_one_that_waits_for_its_own_place_lets_others_pass() -> None:
+    async def main() -> None:
+        queue, own = AdmissionQueue(8), OwnPlaces()
+        waiting = [own.wait(queue, name) for name in "abc"]
+        await settled()
+        assert len(queue) == 3
+        own.free = {"c"}
+        queue.notify()
+        assert await waiting[2] == "c"
+        own.free = {"d"}
+        assert await own.wait(queue, "d") == "d"
+        assert len(queue) == 2
+        own.free = {"a", "b"}
+        queue.notify()
+        assert await asyncio.gather(*waiting[:2]) == ["a", "b"]
+
+    loop.run(main())
+
+
+def test_nobody_tries_who_may_not() -> None:
+    async def main() -> None:
+        queue, own = AdmissionQueue(8), OwnPlaces()
+        waiting = [own.wait(queue, name) for name in "abc"]
+        await settled()
+        tries = list(own.tries)
+        for _ in range(20):
+            queue.notify()
+            await settled()
+        assert own.tries == tries
+        own.free = {"b"}
+        queue.notify()
+        await waiting[1]
+        assert own.tries == [*tries, "b"]
+        for task in (waiting[0], waiting[2]):
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(queue) == 0
+
+    loop.run(main())
+
+
+def test_nobody_passes_one_that_waits_for_any_place() -> None:
+    async def main() -> None:
+        queue, places, own = AdmissionQueue(8), Places(0), OwnPlaces()
+        first = own.wait(queue, "a")
+        await settled()
+        anywhere = wait_in_line(queue, places, "x")
+        own.free = {"b"}
+        behind = own.wait(queue, "b")
+        await settled()
+        queue.notify()
+        await settled()
+        assert not behind.done()
+        places.num_free = 1
+        queue.notify()
+        assert await anywhere == "x"
+        assert await behind == "b"
+        own.free = {"a"}
+        queue.notify()
+        assert await first == "a"
 
     loop.run(main())

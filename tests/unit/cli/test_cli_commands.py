@@ -87,7 +87,7 @@ def test_no_gateway_at_the_address() -> None:
 
 def test_help_names_every_command() -> None:
     output = run("--help").output
-    for command in ("up", "down", "status", "chat", "models"):
+    for command in ("up", "down", "status", "chat", "explain", "models"):
         assert f"  {command} " in output
         assert run(command, "--help").exit_code == 0
 
@@ -149,7 +149,7 @@ def test_models(parrot: tuple[Parrot, str]) -> None:
 def test_light_commands_import_neither_torch_nor_ray() -> None:
     script = (
         "import sys; from forebay.cli.main import main\n"
-        "for command in ('status', 'down', 'chat', 'models', 'up'):\n"
+        "for command in ('status', 'down', 'chat', 'explain', 'models', 'up'):\n"
         "    assert main.get_command(None, command) is not None\n"
         "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
     )

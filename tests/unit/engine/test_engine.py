@@ -333,3 +333,28 @@ def test_finish_reason(
 ) -> None:
     params = SamplingParams(max_tokens=8, stop_token_ids=(9,))
     assert finish_reason(params, token_id, num_generated, num_tokens, 100) is expected
+
+
+def test_a_held_prefix_stays_until_it_is_released() -> None:
+    engine = sim_engine(8, max_batch_tokens=64)
+    submit(engine, job("a", 14, replace(LONG, max_tokens=1)))
+    step(engine, Answers())
+    held = engine.hold(job("b", 14).start)
+    assert len(held.tokens) == held.num_computed_tokens == 12
+    assert engine.pool.counts().used == len(held.block_table) == 3
+    assert engine.num_sequences == 1 and engine.begin_step() is None
+    engine.check_integrity()
+    blocks = engine.pool.allocate(engine.pool.num_available, Holder.LEASE)
+    assert not set(blocks) & set(held.block_table)
+    engine.pool.release(blocks, Holder.LEASE)
+    engine.release(held)
+    engine.release(held)
+    assert all_blocks_back(engine)
+
+
+def test_nothing_is_held_of_what_is_not_there() -> None:
+    engine = sim_engine(8)
+    held = engine.hold(job("b", 14).start)
+    assert (held.tokens, held.block_table) == ([], [])
+    engine.release(held)
+    assert all_blocks_back(engine)

@@ -27,6 +27,7 @@ from forebay.gateway.generation import (
     Usage,
 )
 from forebay.gateway.server import GatewayServer
+from forebay.gateway.timeline import RequestTimeline
 
 MODEL = "fake-model"
 VOCAB_SIZE = 1000
@@ -54,6 +55,13 @@ class FakeGeneration:
     def __init__(self, owner: FakeGenerator, request: GenerationRequest) -> None:
         self.request_id = request.request_id or "req-chosen"
         self.num_prompt_tokens = 7
+        self.timeline = RequestTimeline(
+            self.request_id,
+            f"internal-{len(owner.requests)}",
+            MODEL,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_choices=request.params.n,
+        )
         self._owner = owner
         self._request = request
 

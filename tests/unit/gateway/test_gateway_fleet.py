@@ -13,10 +13,13 @@ from forebay.core.roles import WorkerRole
 from forebay.core.settings import EngineSettings, GatewaySettings, WorkerSettings
 from forebay.engine.loader import load_runner
 from forebay.gateway.fleet import Fleet
+from forebay.gateway.router import Router
 from forebay.gateway.worker_link import Blame, Exposure, WorkerLink
 from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop
+from forebay.simulator.kv_events import SimKvEventSource, SimKvStreams
 from forebay.simulator.network import SimNetwork
+from forebay.simulator.redis_client import LocalRedisClient
 from forebay.simulator.registry import MemoryRegistry
 from forebay.worker.worker import Worker
 
@@ -28,9 +31,10 @@ class World:
         self.rng = Rng(1)
         self.network = SimNetwork(self.rng, 0.001)
         self.registry = MemoryRegistry()
-        self.fleet = Fleet(
-            GatewaySettings(registry_poll_s=0.5), self.registry, self.network, "g", lambda: None
-        )
+        settings = GatewaySettings(registry_poll_s=0.5)
+        events = SimKvEventSource(LocalRedisClient(SimKvStreams().routes()))
+        self.router = Router(settings, self.registry, events, "g")
+        self.fleet = Fleet(settings, self.registry, self.network, "g", self.router, lambda: None)
         self.tasks: list[asyncio.Task[None]] = []
 
     def worker(self, address: str, role: WorkerRole = WorkerRole.MIXED) -> Worker:
@@ -45,7 +49,8 @@ class World:
         await self.registry.publish(worker, 1000)
 
     def accepting(self) -> list[str]:
-        return sorted(view.worker_id for view in self.fleet.view() if view.accepting)
+        view = self.router.view
+        return sorted(id_ for id_, yes in zip(view.worker_ids, view.accepting, strict=True) if yes)
 
     def link(self, worker: Worker) -> WorkerLink:
         return self.fleet.link(worker.worker_id)

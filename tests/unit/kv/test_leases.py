@@ -52,6 +52,32 @@ def test_a_failed_grant_holds_nothing(pool: BlockPool, leases: LeaseTable) -> No
     assert (counts.cached, counts.free, counts.leased) == (1, 3, 0)
 
 
+def test_a_kept_prefix_is_cached_as_far_as_it_came(pool: BlockPool, leases: LeaseTable) -> None:
+    hashes = [bytes([i]) * 16 for i in range(3)]
+    lease = leases.grant("a", "owner", hashes, 6, is_prefix=True)
+    leases.keep(lease, hashes[:2])
+    counts = pool.counts()
+    assert (counts.cached, counts.free, counts.leased) == (2, 2, 0)
+    assert pool.match(hashes) == lease.block_table[:2]
+    pool.allocate(3, Holder.SEQUENCE)
+    assert pool.match(hashes) == lease.block_table[:1], "its end goes first"
+    leases.check_integrity()
+    pool.check_integrity()
+    with pytest.raises(KvTransferError):
+        leases.get("a", "epoch")
+
+
+def test_a_prefix_that_came_twice_is_kept_once(pool: BlockPool, leases: LeaseTable) -> None:
+    hashes = [b"h" * 16]
+    first = leases.grant("a", "owner", hashes, 2, is_prefix=True)
+    second = leases.grant("b", "other", hashes, 2, is_prefix=True)
+    leases.keep(first, hashes)
+    leases.keep(second, hashes)
+    assert pool.match(hashes) == first.block_table
+    assert (pool.counts().cached, pool.counts().free) == (1, 3)
+    pool.check_integrity()
+
+
 def test_cached_blocks_lead_the_table(pool: BlockPool, leases: LeaseTable) -> None:
     (block,) = pool.allocate(1, Holder.SEQUENCE)
     pool.register(block, b"h" * 16)

@@ -72,11 +72,17 @@ class KvPair:
         self.source, self.target = sim_engine(), sim_engine()
         self.leases = LeaseTable(self.target.pool, "epoch")
         self.commits: list[tuple[Lease, list[tuple[int, int]]]] = []
+        self.prefixes: list[tuple[Lease, int]] = []
         self.alter: Callable[[Messages], Messages] | None = None
         self.before_message: Callable[[int], None] = lambda number: None
         self.sender = KvSender(self.source.runner, InlineExecutor(), self, max_frame_bytes, VERSION)
         self.receiver = KvReceiver(
-            self.target.runner, executor or InlineExecutor(), self.leases, self._commit, VERSION
+            self.target.runner,
+            executor or InlineExecutor(),
+            self.leases,
+            self._commit,
+            lambda lease, num_tokens: self.prefixes.append((lease, num_tokens)),
+            VERSION,
         )
         self.prefilled = self._prefill()
         self.lease = self.leases.grant("lease", KEY, [], num_prompt_tokens)

@@ -112,7 +112,12 @@ async def received_kv(messages: Seq[bytes], num_tokens: int, held: bytes = b"") 
         engine.runner.import_kv(lease.block_table, 0, num_held, 0, NUM_LAYERS, memoryview(held))
     commits: list[Lease] = []
     receiver = KvReceiver(
-        engine.runner, InlineExecutor(), leases, lambda lease, _: commits.append(lease), VERSION
+        engine.runner,
+        InlineExecutor(),
+        leases,
+        lambda lease, _: commits.append(lease),
+        lambda *_: None,
+        VERSION,
     )
     await receiver.push(as_iterator(list(messages)))
     assert commits == [lease]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
-from kv_pairs import KvPair, Messages, as_iterator
+from kv_pairs import KEY, KvPair, Messages, as_iterator
 
+from forebay.core.clock import Deadline
 from forebay.core.errors import KvTransferError
 from forebay.core.executor import InlineExecutor
 from forebay.kv.block_pool import Holder
-from forebay.rpc.v1 import kv_transfer_pb2
+from forebay.kv.leases import Lease
+from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.simulator import loop
 from forebay.worker.frames import Frame, decode_message, encode_commit, encode_frame
 
@@ -339,3 +342,64 @@ def test_a_push_that_is_cancelled_makes_way_for_another() -> None:
         assert len(pair.commits) == 1
 
     loop.run(main())
+
+
+def prefix_pair(num_leased: int = 16) -> tuple[KvPair, Lease]:
+    """A prompt of 16 tokens, all of it computed, and a lease for a prefix."""
+    pair = KvPair(num_prompt_tokens=16)
+    pair.leases.release(pair.lease)
+    return pair, pair.leases.grant("prefix", KEY, [], num_leased, is_prefix=True)
+
+
+async def send_prefix(pair: KvPair, first_tokens: tuple[tuple[int, int], ...] = ()) -> None:
+    where = worker_pb2.TransferTarget(lease_id="prefix", epoch="epoch")
+    push = pair.sender.open(pair.prefilled.sequence, where)
+    push.complete(first_tokens)
+    await pair.sender.send(push, Deadline.after(10))
+
+
+@pytest.mark.parametrize("num_leased", [16, 20, 40])
+def test_a_prefix_may_be_shorter_than_its_lease(num_leased: int) -> None:
+    pair, lease = prefix_pair(num_leased)
+    loop.run(send_prefix(pair))
+    assert pair.prefixes == [(lease, 16)] and pair.commits == []
+    table = pair.prefilled.sequence.block_table
+    assert pair.kv_of(pair.target, lease.block_table) == pair.kv_of(pair.source, table)
+
+
+def test_a_prefix_longer_than_its_lease_is_refused() -> None:
+    pair, _ = prefix_pair(12)
+    with pytest.raises(KvTransferError, match="past the leased"):
+        loop.run(send_prefix(pair))
+    assert pair.prefixes == []
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        pytest.param(lambda m: m[:-2] + m[-1:], id="last frame lost"),
+        pytest.param(lambda m: m[-1:], id="all frames lost"),
+        pytest.param(lambda m: m[:1] + m[2:], id="lost frame"),
+        pytest.param(lambda m: m[:-1], id="no commit"),
+        pytest.param(committed(num_frames=1), id="commit counts frames"),
+        pytest.param(committed(num_bytes=1), id="commit counts bytes"),
+        pytest.param(committed(crc32c=1), id="commit checksum"),
+    ],
+)
+def test_a_prefix_that_lost_something_is_refused(alter: Callable[[Messages], Messages]) -> None:
+    """It is not taken for a shorter one."""
+    pair, lease = prefix_pair()
+    pair.alter = alter
+    with pytest.raises(KvTransferError):
+        loop.run(send_prefix(pair))
+    assert pair.prefixes == [] and not lease.ended
+
+
+def test_first_tokens_come_with_prompts_only() -> None:
+    pair, lease = prefix_pair()
+    with pytest.raises(KvTransferError, match="first tokens"):
+        loop.run(send_prefix(pair, ((0, 1),)))
+    assert pair.prefixes == [] and pair.commits == [] and not lease.ended
+    pair = KvPair()
+    pair.prefilled = replace(pair.prefilled, first_tokens=())
+    refused(pair, "first tokens")

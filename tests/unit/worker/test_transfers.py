@@ -20,6 +20,7 @@ from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.simulator import loop
 from forebay.worker.engine_loop import EngineLoop
+from forebay.worker.kv_push import layer_hook
 from forebay.worker.prefill import TRANSFER_STALL_S, Transfers
 from forebay.worker.requests import WorkerRequest
 from forebay.worker.thread_executor import ThreadExecutor
@@ -48,11 +49,11 @@ class Sending:
         executor = InlineExecutor()
         self.sender = KvSender(self.source.runner, executor, self, FRAME_BYTES, VERSION)
         self.receiver = KvReceiver(
-            self.target.runner, executor, self.leases, self._on_commit, VERSION
+            self.target.runner, executor, self.leases, self._on_commit, no_prefix, VERSION
         )
         self.transfers = Transfers(self.source, self.sender, self._on_end)
         self.engine_loop = EngineLoop(
-            self.source, executor, self._on_outcome, self._on_failure, self.transfers.layer_hook
+            self.source, executor, self._on_outcome, self._on_failure, self.layer_hook
         )
         self._run, runner = self.source.runner.run, self.source.runner
         runner.run = self._slow_run  # type: ignore[method-assign]
@@ -71,6 +72,9 @@ class Sending:
         response = await self.receiver.push(arriving())
         await asyncio.sleep(self.answer_s)
         return response
+
+    def layer_hook(self, batch: Batch, sequences: list[Sequence]) -> LayerHook | None:
+        return layer_hook(self.transfers.pushes, batch, sequences)
 
     def open(self, key: RequestKey = KEY) -> Sequence:
         start = start_of(PROMPT, SamplingParams(n=2, seed=3, max_tokens=20), key)
@@ -148,6 +152,10 @@ def in_virtual_time(test: Callable[[Sending], object], message_s: float = 0.01) 
     loop.run(main())
 
 
+def no_prefix(lease: Lease, num_tokens: int) -> None:
+    raise AssertionError("no prefix was leased")
+
+
 def kv_of(engine: Engine, table: list[int]) -> bytes:
     return engine.runner.export_kv(table, 0, len(PROMPT), 0, 4)
 
@@ -180,9 +188,9 @@ def test_no_hook_where_nothing_is_to_be_read() -> None:
         sending.source.submit(start_of(PROMPT, params, RequestKey("g", "own")), prefill_only=False)
         batch = sending.source.begin_step()
         assert batch is not None
-        assert sending.transfers.layer_hook(batch, sending.source.in_step) is None
+        assert sending.layer_hook(batch, sending.source.in_step) is None
         sequence = sending.open()
-        assert sending.transfers.layer_hook(batch, sending.source.in_step) is None, "it waits"
+        assert sending.layer_hook(batch, sending.source.in_step) is None, "it waits"
         sending.abort()
         assert sequence.block_table == []
         sending.source.end_step(batch, sending.source.runner.run(batch))
@@ -203,7 +211,7 @@ def test_a_hook_reads_for_prompts_of_earlier_steps_too() -> None:
         )
         batch = sending.source.begin_step()
         assert batch is not None
-        assert sending.transfers.layer_hook(batch, sending.source.in_step) is not None
+        assert sending.layer_hook(batch, sending.source.in_step) is not None
         sending.source.fail_step()
 
     in_virtual_time(test, message_s=60.0)
@@ -430,7 +438,12 @@ def test_steps_and_reads_on_a_thread_of_their_own() -> None:
         source, target = sim_engine(24, max_batch_tokens=8), sim_engine(num_blocks=400)
         leases = LeaseTable(target.pool, "epoch")
         receiver = KvReceiver(
-            target.runner, executor, leases, lambda lease, _: committed.append(lease), VERSION
+            target.runner,
+            executor,
+            leases,
+            lambda lease, _: committed.append(lease),
+            no_prefix,
+            VERSION,
         )
         committed: list[Lease] = []
         errors: list[str | None] = []
@@ -453,9 +466,10 @@ def test_steps_and_reads_on_a_thread_of_their_own() -> None:
             for prefilled in step.prefilled:
                 transfers.complete(prefilled)
 
-        engine_loop = EngineLoop(
-            source, executor, outcome, lambda *_: errors.append("step"), transfers.layer_hook
-        )
+        def hook(batch: Batch, sequences: list[Sequence]) -> LayerHook | None:
+            return layer_hook(transfers.pushes, batch, sequences)
+
+        engine_loop = EngineLoop(source, executor, outcome, lambda *_: errors.append("step"), hook)
         running = asyncio.create_task(engine_loop.run())
         prompts = {f"r{i}": [(i * 31 + j) % 250 for j in range(5 + i % 37)] for i in range(40)}
         for name, prompt in prompts.items():

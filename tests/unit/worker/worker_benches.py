@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from forebay.core.clock import Deadline
+from forebay.core.errors import DeadlineExceeded, Unavailable
 from forebay.core.executor import InlineExecutor
 from forebay.core.finish import FinishReason
 from forebay.core.randomness import Rng
 from forebay.core.roles import WorkerRole
 from forebay.core.settings import EngineSettings, WorkerSettings
 from forebay.engine.loader import load_runner
+from forebay.rpc import methods
 from forebay.rpc.connector import Channel
 from forebay.rpc.conversions import finish_from_proto
 from forebay.rpc.v1 import inference_pb2, worker_pb2
@@ -30,31 +32,72 @@ SLOW = replace(ENGINE, sim_time_scale=20.0)
 
 
 class Hall:
-    """Implements `Connector` and `Channel`: pushes to the workers named in `workers`, one message
-    at a time while `open` is set."""
+    """Implements `Connector` between the workers named in `workers`. Messages of pushes go one at
+    a time while `open` is set, asked-for prefixes while `asking` is. `alter`: what becomes of the
+    messages of a push. `detached`: what receives a push goes on without its sender."""
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self.open = asyncio.Event()
         self.open.set()
-        self._address = ""
+        self.asking = asyncio.Event()
+        self.asking.set()
+        self.alter: Callable[[bytes], list[bytes]] = lambda message: [message]
+        self.asked: list[str] = []
+        self.detached = False
+        self.receiving: list[asyncio.Task[Any]] = []
+        self.num_messages = 0
 
     def connect(self, address: str) -> Channel:
-        channel = Hall()
-        channel.workers, channel.open, channel._address = self.workers, self.open, address
-        return channel  # type: ignore[return-value]  # only pushes are made here
+        return HallChannel(self, address)  # type: ignore[return-value]  # no duplex calls here
+
+
+class HallChannel:
+    def __init__(self, hall: Hall, address: str) -> None:
+        self._hall = hall
+        self._address = address
+
+    async def unary(self, method: Any, request: Any, deadline: Deadline) -> Any:
+        assert method is methods.SEND_PREFIX
+        self._hall.asked.append(self._address)
+        message = method.decode_request(method.encode_request(request))
+        async with self._limited(deadline):
+            await self._hall.asking.wait()
+            return await self._worker().send_prefix(message)
 
     async def push(self, _: Any, requests: AsyncIterator[bytes], deadline: Deadline) -> Any:
         async def arriving() -> AsyncIterator[bytes]:
             async for message in requests:
-                await self.open.wait()
-                yield message
+                await self._hall.open.wait()
+                for altered in self._hall.alter(message):
+                    self._hall.num_messages += 1
+                    yield altered
 
-        async with asyncio.timeout(deadline.remaining_s()):
-            return await self.workers[self._address].push(arriving())
+        receiving = asyncio.create_task(self._worker().push(arriving()))
+        self._hall.receiving.append(receiving)
+        try:
+            async with self._limited(deadline):
+                return await (asyncio.shield(receiving) if self._hall.detached else receiving)
+        finally:
+            if not self._hall.detached:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
 
     async def close(self) -> None:
         pass
+
+    def _worker(self) -> Worker:
+        if self._address not in self._hall.workers:
+            raise Unavailable(f"nobody listens at {self._address}")
+        return self._hall.workers[self._address]
+
+    @asynccontextmanager
+    async def _limited(self, deadline: Deadline) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(deadline.remaining_s()):
+                yield
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{self._address} did not answer in time") from error
 
 
 class GatedExecutor(InlineExecutor):
@@ -78,15 +121,27 @@ class Bench:
     """A worker and what gateway `g` hears of it."""
 
     def __init__(
-        self, role: WorkerRole, engine: EngineSettings = ENGINE, hall: Hall | None = None
+        self,
+        role: WorkerRole,
+        engine: EngineSettings = ENGINE,
+        hall: Hall | None = None,
+        address: str = "",
+        **options: Any,
     ) -> None:
         settings = WorkerSettings(
-            role=role, engine=engine, lease_s=LEASE_S, gateway_grace_s=2, step_timeout_s=20
+            role=role,
+            engine=engine,
+            lease_s=LEASE_S,
+            gateway_grace_s=2,
+            step_timeout_s=20,
+            kv_frame_kib=1,
         )
         self.executor = GatedExecutor()
         self.hall = hall or Hall()
-        self.worker = Worker(settings, load_runner(engine), self.executor, self.hall, Rng(2))
-        self.worker.endpoint = role.value
+        self.worker = Worker(
+            settings, load_runner(engine), self.executor, self.hall, Rng(2), **options
+        )
+        self.worker.endpoint = address or role.value
         self.hall.workers[self.worker.endpoint] = self.worker
         self.messages: list[worker_pb2.StepsResponse] = []
         self.lost: list[Exception] = []
@@ -124,9 +179,13 @@ class Bench:
         await asyncio.sleep(0)
 
     async def prefill(
-        self, request: worker_pb2.SequenceSpec, target: worker_pb2.TransferTarget | None = None
+        self,
+        request: worker_pb2.SequenceSpec,
+        target: worker_pb2.TransferTarget | None = None,
+        source: worker_pb2.PullSource | None = None,
     ) -> None:
-        await self.worker.prefill(worker_pb2.PrefillRequest(sequence=request, target=target))
+        message = worker_pb2.PrefillRequest(sequence=request, target=target, source=source)
+        await self.worker.prefill(message)
 
     async def reserve(self, request: worker_pb2.SequenceSpec) -> worker_pb2.ReserveResponse:
         return await self.worker.reserve(worker_pb2.ReserveRequest(sequence=request))
@@ -170,7 +229,10 @@ def spec(
 
 
 async def start_on(
-    prefill: Bench, decode: Bench, request: worker_pb2.SequenceSpec
+    prefill: Bench,
+    decode: Bench,
+    request: worker_pb2.SequenceSpec,
+    source: worker_pb2.PullSource | None = None,
 ) -> worker_pb2.ReserveResponse:
     """As a gateway does it."""
     answer = await decode.reserve(request)
@@ -180,7 +242,7 @@ async def start_on(
         epoch=answer.epoch,
         start_token=answer.num_cached_tokens,
     )
-    await prefill.prefill(request, target)
+    await prefill.prefill(request, target, source)
     return answer
 
 
@@ -195,9 +257,13 @@ def abort_of(request: worker_pb2.SequenceSpec, *choices: int) -> worker_pb2.Abor
 
 @asynccontextmanager
 async def running(
-    role: WorkerRole = WorkerRole.MIXED, engine: EngineSettings = ENGINE, hall: Hall | None = None
+    role: WorkerRole = WorkerRole.MIXED,
+    engine: EngineSettings = ENGINE,
+    hall: Hall | None = None,
+    address: str = "",
+    **options: Any,
 ) -> AsyncIterator[Bench]:
-    bench = Bench(role, engine, hall)
+    bench = Bench(role, engine, hall, address, **options)
     await bench.attach()
     bench.tasks.append(asyncio.create_task(bench.worker.run()))
     try:

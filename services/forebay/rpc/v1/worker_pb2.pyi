@@ -279,12 +279,15 @@ class WorkerLoad(_message.Message):
     NUM_PENDING_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     PREFILL_ROOM_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_EVENT_SEQ_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_pending_prefill_tokens: _builtins.int
     """Prompt tokens queued or under way that are not computed yet."""
     prefill_room_tokens: _builtins.int
     """A prompt is accepted while this is not 0; the rest waits in the gateways."""
+    kv_event_seq: _builtins.int
+    """Number of the last batch of KV events the worker has made, whether Redis took it or not."""
     @_builtins.property
     def kv_blocks(self) -> Global___KvBlocks: ...
     def __init__(
@@ -295,10 +298,11 @@ class WorkerLoad(_message.Message):
         num_pending_prefill_tokens: _builtins.int = ...,
         kv_blocks: Global___KvBlocks | None = ...,
         prefill_room_tokens: _builtins.int = ...,
+        kv_event_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "num_pending_prefill_tokens", b"num_pending_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_room_tokens", b"prefill_room_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_event_seq", b"kv_event_seq", "num_pending_prefill_tokens", b"num_pending_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_room_tokens", b"prefill_room_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,6 +358,8 @@ class WorkerCounters(_message.Message):
     KV_TRANSFER_FAILURES_FIELD_NUMBER: _builtins.int
     EXPIRED_LEASES_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
+    KV_PULLED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_PULL_FAILURES_FIELD_NUMBER: _builtins.int
     kv_bytes_sent: _builtins.int
     kv_bytes_received: _builtins.int
     prompt_tokens: _builtins.int
@@ -364,6 +370,10 @@ class WorkerCounters(_message.Message):
     kv_transfer_failures: _builtins.int
     expired_leases: _builtins.int
     requests: _builtins.int
+    kv_pulled_tokens: _builtins.int
+    """Prompt tokens whose KV came from another worker's prefix cache."""
+    kv_pull_failures: _builtins.int
+    """Prompts that waited for such KV in vain."""
     def __init__(
         self,
         *,
@@ -377,10 +387,12 @@ class WorkerCounters(_message.Message):
         kv_transfer_failures: _builtins.int = ...,
         expired_leases: _builtins.int = ...,
         requests: _builtins.int = ...,
+        kv_pulled_tokens: _builtins.int = ...,
+        kv_pull_failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_leases", b"expired_leases", "generation_tokens", b"generation_tokens", "kv_bytes_received", b"kv_bytes_received", "kv_bytes_sent", b"kv_bytes_sent", "kv_transfer_failures", b"kv_transfer_failures", "preemptions", b"preemptions", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens", b"prompt_tokens", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expired_leases", b"expired_leases", "generation_tokens", b"generation_tokens", "kv_bytes_received", b"kv_bytes_received", "kv_bytes_sent", b"kv_bytes_sent", "kv_pull_failures", b"kv_pull_failures", "kv_pulled_tokens", b"kv_pulled_tokens", "kv_transfer_failures", b"kv_transfer_failures", "preemptions", b"preemptions", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens", b"prompt_tokens", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,25 +550,63 @@ class PrefillRequest(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sequence(self) -> Global___SequenceSpec: ...
     @_builtins.property
     def target(self) -> Global___TransferTarget:
         """Absent: decode here."""
 
+    @_builtins.property
+    def source(self) -> Global___PullSource:
+        """Absent: compute what is not held here."""
+
     def __init__(
         self,
         *,
         sequence: Global___SequenceSpec | None = ...,
         target: Global___TransferTarget | None = ...,
+        source: Global___PullSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "source", b"source", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "source", b"source", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class PullSource(_message.Message):
+    """Another worker, which seems to hold the KV of the prompt's leading tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    num_tokens: _builtins.int
+    epoch: _builtins.str
+    """Of the worker's life: after a restart it holds nothing of that."""
+    timeout_ms: _builtins.int
+    """After so long the prompt is computed instead. 0: the worker's own limit."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        epoch: _builtins.str = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "num_tokens", b"num_tokens", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullSource: _TypeAlias = PullSource  # noqa: Y015
 
 @_typing.final
 class TransferTarget(_message.Message):
@@ -601,6 +651,66 @@ class PrefillResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015
+
+@_typing.final
+class SendPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHE_ROOT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    cache_root: _builtins.bytes
+    epoch: _builtins.str
+    """Of the life that is asked."""
+    timeout_ms: _builtins.int
+    protocol_version: _builtins.int
+    """The asking worker's; it must be that of the worker that is asked."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def target(self) -> Global___TransferTarget:
+        """Where their KV goes, from target.start_token on and as far as it is held."""
+
+    def __init__(
+        self,
+        *,
+        cache_root: _builtins.bytes = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        target: Global___TransferTarget | None = ...,
+        epoch: _builtins.str = ...,
+        timeout_ms: _builtins.int = ...,
+        protocol_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_root", b"cache_root", "epoch", b"epoch", "protocol_version", b"protocol_version", "target", b"target", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixRequest: _TypeAlias = SendPrefixRequest  # noqa: Y015
+
+@_typing.final
+class SendPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Leading tokens whose KV the target has now."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixResponse: _TypeAlias = SendPrefixResponse  # noqa: Y015
 
 @_typing.final
 class StepsRequest(_message.Message):
@@ -723,6 +833,7 @@ class SequenceOutput(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     choice: _builtins.int
@@ -733,9 +844,11 @@ class SequenceOutput(_message.Message):
     error: _builtins.str
     """With FINISH_REASON_ERROR."""
     num_cached_tokens: _builtins.int
-    """With an attempt's first token: tokens found in the prefix cache."""
+    """With an attempt's first token: tokens found in the prefix cache, those pulled for it included."""
     resumable: _builtins.bool
     """With FINISH_REASON_ERROR: the choice may go on elsewhere from its tokens so far."""
+    num_pulled_tokens: _builtins.int
+    """With an attempt's first token: how many of num_cached_tokens came from another worker."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -755,10 +868,11 @@ class SequenceOutput(_message.Message):
         error: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
         resumable: _builtins.bool = ...,
+        num_pulled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "offset", b"offset", "request_id", b"request_id", "resumable", b"resumable", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "error", b"error", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_pulled_tokens", b"num_pulled_tokens", "offset", b"offset", "request_id", b"request_id", "resumable", b"resumable", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,11 @@ class WorkerServiceStub:
                 request_serializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.SendPrefix = channel.unary_unary(
+                '/forebay.rpc.v1.WorkerService/SendPrefix',
+                request_serializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixRequest.SerializeToString,
+                response_deserializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixResponse.FromString,
+                _registered_method=True)
         self.Steps = channel.stream_stream(
                 '/forebay.rpc.v1.WorkerService/Steps',
                 request_serializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.StepsRequest.SerializeToString,
@@ -97,7 +102,16 @@ class WorkerServiceServicer:
 
     def Prefill(self, request, context):
         """Queues a prompt and returns; tokens come over Steps. With a target the KV is pushed there and
-        the target goes on; without one this worker decodes the sequence itself.
+        the target goes on; without one this worker decodes the sequence itself. With a source the KV of
+        leading tokens is fetched from there first, and computed if that fails.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendPrefix(self, request, context):
+        """Asked by another worker: pushes the KV of leading tokens to it, over KvTransferService, and
+        returns when it has committed. ABORTED when that KV is not held here (any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +160,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
+            ),
+            'SendPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPrefix,
+                    request_deserializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixRequest.FromString,
+                    response_serializer=forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixResponse.SerializeToString,
             ),
             'Steps': grpc.stream_stream_rpc_method_handler(
                     servicer.Steps,
@@ -271,6 +290,33 @@ class WorkerService:
             '/forebay.rpc.v1.WorkerService/Prefill',
             forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             forebay_dot_rpc_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.rpc.v1.WorkerService/SendPrefix',
+            forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixRequest.SerializeToString,
+            forebay_dot_rpc_dot_v1_dot_worker__pb2.SendPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

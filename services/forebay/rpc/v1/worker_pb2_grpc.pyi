@@ -42,7 +42,12 @@ class WorkerServiceStub:
     """
     Prefill: _grpc.UnaryUnaryMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]
     """Queues a prompt and returns; tokens come over Steps. With a target the KV is pushed there and
-    the target goes on; without one this worker decodes the sequence itself.
+    the target goes on; without one this worker decodes the sequence itself. With a source the KV of
+    leading tokens is fetched from there first, and computed if that fails.
+    """
+    SendPrefix: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SendPrefixRequest, _worker_pb2.SendPrefixResponse]
+    """Asked by another worker: pushes the KV of leading tokens to it, over KvTransferService, and
+    returns when it has committed. ABORTED when that KV is not held here (any more).
     """
     Steps: _grpc.StreamStreamMultiCallable[_worker_pb2.StepsRequest, _worker_pb2.StepsResponse]
     """One long-lived stream per gateway and worker: one message per engine step."""
@@ -63,7 +68,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """
     Prefill: _aio.UnaryUnaryMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]  # type: ignore[assignment]
     """Queues a prompt and returns; tokens come over Steps. With a target the KV is pushed there and
-    the target goes on; without one this worker decodes the sequence itself.
+    the target goes on; without one this worker decodes the sequence itself. With a source the KV of
+    leading tokens is fetched from there first, and computed if that fails.
+    """
+    SendPrefix: _aio.UnaryUnaryMultiCallable[_worker_pb2.SendPrefixRequest, _worker_pb2.SendPrefixResponse]  # type: ignore[assignment]
+    """Asked by another worker: pushes the KV of leading tokens to it, over KvTransferService, and
+    returns when it has committed. ABORTED when that KV is not held here (any more).
     """
     Steps: _aio.StreamStreamMultiCallable[_worker_pb2.StepsRequest, _worker_pb2.StepsResponse]  # type: ignore[assignment]
     """One long-lived stream per gateway and worker: one message per engine step."""
@@ -105,7 +115,18 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.PrefillResponse, _abc.Awaitable[_worker_pb2.PrefillResponse]]:
         """Queues a prompt and returns; tokens come over Steps. With a target the KV is pushed there and
-        the target goes on; without one this worker decodes the sequence itself.
+        the target goes on; without one this worker decodes the sequence itself. With a source the KV of
+        leading tokens is fetched from there first, and computed if that fails.
+        """
+
+    @_abc_1.abstractmethod
+    def SendPrefix(
+        self,
+        request: _worker_pb2.SendPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SendPrefixResponse, _abc.Awaitable[_worker_pb2.SendPrefixResponse]]:
+        """Asked by another worker: pushes the KV of leading tokens to it, over KvTransferService, and
+        returns when it has committed. ABORTED when that KV is not held here (any more).
         """
 
     @_abc_1.abstractmethod
