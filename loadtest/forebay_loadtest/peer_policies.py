@@ -250,7 +250,7 @@ DYNAMO_GRID = (
 )
 SGLANG_GRID = (
     SglangParameters(),
-    *(SglangParameters(share, most) for share in (0.3, 0.5, 0.7) for most in (4, 8, 16)),
+    *(SglangParameters(share, most) for share in (0.5, 0.7, 0.9) for most in (4, 8, 16)),
     SglangParameters(0.5, 8, max_tree_blocks=4096),
     SglangParameters(0.5, 8, otherwise="shortest queue"),
     SglangParameters(0.7, 8, otherwise="shortest queue"),

@@ -39,6 +39,8 @@ def _bars(path: Path, outcomes: Mapping[str, Outcome]) -> Path:
     hits.set_xlabel("hit rate, % of one shared cache")
     ttft.bar_label(ttft.barh(names, means, color="tab:orange"), fmt="%.2f")
     ttft.set_xscale("log")
+    for axes in (hits, ttft):
+        axes.margins(x=0.15)
     ttft.set_xlabel("mean TTFT, s")
     figure.suptitle(_TITLE)
     return _saved(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -127,7 +127,6 @@ def play(setting: Setting, ground: Ground, entrant: Entrant) -> Outcome:
     )
     options = _options(setting, ground.num_blocks, ground.tokens_per_s)
     replay = RoutingReplay(requests, watched, options)
-    watched.num_prompts = lambda worker_id: _num_prompts(replay, worker_id)
     result = replay.run()
     return Outcome(_figures(result, ground), watched.curves(result))
 
@@ -141,19 +140,12 @@ def _options(setting: Setting, num_blocks: int, tokens_per_s: float) -> ReplayOp
     )
 
 
-def _num_prompts(replay: RoutingReplay, worker_id: str) -> int:
-    worker = replay._workers[worker_id]
-    return len(worker.queue) + worker.busy
-
-
 class _Watched:
-    """Implements `Policy`: that of `policy`, which it also tells how many prompts each worker has;
-    notes the queues that every request finds."""
+    """Implements `Policy`: that of `policy`; notes the queues that every request finds."""
 
     def __init__(
         self, policy: Policy, requests: Sequence[TraceRequest], tokens_per_s: float
     ) -> None:
-        self.num_prompts: Callable[[str], int] = lambda _: 0
         self._policy = policy
         self._at_s = [request.at_s for request in requests]
         self._tokens_per_s = tokens_per_s
@@ -163,8 +155,6 @@ class _Watched:
         computing = [
             row for row, facts in enumerate(view.facts) if facts.role is not WorkerRole.DECODE
         ]
-        for row in computing:
-            view.num_sequences[row] = self.num_prompts(view.worker_ids[row])
         self._queues.append(view.num_queued_tokens[computing])
         return self._policy.choose(request, view, matches)
 

@@ -59,6 +59,8 @@ def targets(figures: Mapping[str, BySeed]) -> list[Target]:
 
 def verdict(found: Sequence[Target]) -> str:
     """One line: `OK: ...` with the figures, or `SHORT: ...` with what falls short."""
+    if not found:
+        return "SHORT: no policy was replayed that a target is about"
     missed = [target for target in found if not target.held]
     told = "; ".join(f"{target.name} {target.figure}" for target in (missed or found))
     return f"{'SHORT' if missed else 'OK'}: {told}"

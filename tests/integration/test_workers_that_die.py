@@ -54,7 +54,7 @@ async def gateway(redis_url: str, num_workers: int) -> AsyncIterator[GatewayServ
     await service.start()
     try:
         async with asyncio.timeout(30):
-            while sum(view.accepting for view in service._fleet.view()) < num_workers:
+            while service.router.view.accepting.sum() < num_workers:
                 await asyncio.sleep(0.02)
         yield service
     finally:

@@ -104,11 +104,12 @@ class KvFollower:
         await self._source.close()
 
     def is_fresh(self, worker_id: str) -> bool:
-        """Whether the index says what that worker holds, or held a moment ago."""
+        """Whether the index says what that worker holds, or held a moment ago: one that misses a
+        batch is of use until the snapshot comes."""
         life = self._lives.get(worker_id)
         return (
             life is not None
-            and life.position is not None
+            and not life.is_empty
             and life.staleness_s(clock.now()) <= self._stale_s
         )
 

@@ -13,6 +13,8 @@ Where another worker s holds more, fetching that costs less than computing it:
 
     queued(w) + pull_overhead + pull * (held(s) - held(w)) + miss * missing(s)
 
+`pull` is mostly the price of a copy: it takes room in a cache that something else loses.
+
 A worker that decodes costs
 
     sequence * sequences(w) + kv * kv_usage(w) ** 2 + transfer * (n - held(w))
@@ -54,7 +56,7 @@ class Weights:
     computes itself; 0: nothing. pulls: whether KV may be fetched at all."""
 
     miss: float = 3.0
-    pull: float = 0.3
+    pull: float = 1.0
     pull_overhead: float = 512.0
     sequence: float = 64.0
     kv: float = 4096.0

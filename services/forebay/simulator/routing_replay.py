@@ -155,7 +155,10 @@ class RoutingReplay:
             self._index.expire(self._now_s)
             for worker in self._workers.values():
                 tokens = worker.pending_tokens(self._now_s, self._options.tokens_per_s)
-                self._view.update(worker.worker_id, WorkerLoad(num_queued_tokens=round(tokens)))
+                load = WorkerLoad(
+                    num_sequences=len(worker.queue) + worker.busy, num_queued_tokens=round(tokens)
+                )
+                self._view.update(worker.worker_id, load)
             route = RouteRequest(f"{number}", MODEL, request.num_tokens, request.hashes)
             matches = self._index.match(request.hashes)
             decision = self._policy.choose(route, self._view, matches)

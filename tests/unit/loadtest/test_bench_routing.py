@@ -146,3 +146,4 @@ def test_targets_say_what_falls_short() -> None:
     ]
     assert verdict(worse).startswith("SHORT: hit rate over one shared cache's 0.900")
     assert targets({"round-robin": [good]}) == []
+    assert verdict([]).startswith("SHORT: ")
