@@ -47,7 +47,8 @@ async def _measure(rng: random.Random, num_workers: int, num_blocks: int) -> dic
         await _publish(SimKvEventSink(client, worker_id, epoch), held)
         role = (WorkerRole.PREFILL, WorkerRole.DECODE)[number % 2]
         router.join(WorkerFacts(worker_id, role, _MODEL, "kv", BLOCK_TOKENS))
-        router.update(worker_id, _load(rng))
+        load = _load(rng)
+        router.changed(worker_id, lambda load=load: load)  # type: ignore[misc]
     router.follow(lives)
     following = asyncio.create_task(router.follower.run())
     while not all(router.follower.is_fresh(worker_id) for worker_id, _ in lives):

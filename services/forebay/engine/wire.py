@@ -63,13 +63,12 @@ def tokens_from_proto(output: worker_pb2.SequenceOutput) -> list[SampledToken]:
     ]
 
 
-def load_of(engine: Engine, prefill_room_tokens: int) -> worker_pb2.WorkerLoad:
+def load_of(engine: Engine) -> worker_pb2.WorkerLoad:
+    """The engine's share; how much waits and how much more may come is the worker's to say."""
     counts = engine.pool.counts()
     return worker_pb2.WorkerLoad(
         num_running=engine.num_running,
         num_waiting=engine.num_waiting,
-        num_pending_prefill_tokens=engine.num_pending_prefill_tokens,
-        prefill_room_tokens=prefill_room_tokens,
         kv_event_seq=0 if engine.pool.journal is None else engine.pool.journal.seq,
         kv_blocks=worker_pb2.KvBlocks(
             total=counts.total,

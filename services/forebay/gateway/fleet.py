@@ -197,7 +197,7 @@ class Fleet:
         self._on_change()
 
     def _update_view(self, link: WorkerLink) -> None:
-        self._router.update(link.worker_id, _load_of(link))
+        self._router.changed(link.worker_id, lambda: _load_of(link))
 
     async def _learn_tokenizer(self, link: WorkerLink) -> None:
         """One download per distinct tokenizer. Raises Unavailable when its hash is not the one

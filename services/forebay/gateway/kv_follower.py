@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 MAX_ENTRIES = 32
 """Of one stream in one read."""
-BLOCK_S = 0.25
+BLOCK_S = 0.5
 """How long a read waits in Redis for something new."""
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 PAUSE_A_STREAM_S = 0.0001
 """Between two reads: the more streams, the longer, so that asking costs little."""
 RETRY_S = 0.5

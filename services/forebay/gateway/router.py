@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
 from forebay.core import clock
 from forebay.core.errors import Unavailable
@@ -32,7 +32,7 @@ PREDICTION_S = 30.0
 """How long a prompt's blocks are expected on a worker that was given it, before events say so."""
 RECONSIDER_S = 1.0
 """A request that waits for one worker looks at the others again after this long."""
-LINES_S = 0.25
+LINES_S = 0.5
 LINES_TTL_S = 2.0
 
 
@@ -47,7 +47,7 @@ class Router:
         events: KvEventSource,
         gateway_id: str,
     ) -> None:
-        self.view = FleetView()
+        self._view = FleetView()
         self.index = KvIndex(settings.kv_index_mib * 1024 * 1024)
         self.follower = KvFollower(events, self.index, stale_s=settings.kv_stale_s)
         self.waits = Waits()
@@ -56,8 +56,15 @@ class Router:
         self._policy = policy_named(settings.router_policy)
         self._other_lines: dict[str, float] = {}
         self._told_line = False
+        self._changed: dict[str, Callable[[], WorkerLoad]] = {}
         self._num_joins_seen = 0
         self.num_decisions = dict.fromkeys(("pair", "alone", "pair_pull", "alone_pull"), 0)
+
+    @property
+    def view(self) -> FleetView:
+        """As it is now."""
+        self._catch_up()
+        return self._view
 
     async def run(self) -> None:
         """Follows the workers' KV events and the other gateways' lines, until cancelled."""
@@ -71,17 +78,17 @@ class Router:
 
     def join(self, facts: WorkerFacts) -> None:
         """In place of what was there under the same id."""
-        if facts.worker_id in self.view:
-            self.view.leave(facts.worker_id)
-        self.view.join(facts)
+        if facts.worker_id in self._view:
+            self._view.leave(facts.worker_id)
+        self._view.join(facts)
 
     def follow(self, lives: Collection[tuple[str, str]]) -> None:
         """To be called often: (worker id, epoch) of all workers there are. Others leave the view;
         those whose events lag are not looked up for a while."""
         ids = {worker_id for worker_id, _ in lives}
-        for worker_id in self.view.worker_ids:
+        for worker_id in self._view.worker_ids:
             if worker_id not in ids:
-                self.view.leave(worker_id)
+                self._view.leave(worker_id)
         self.follower.follow(lives)
         self._refresh_slots()
 
@@ -89,12 +96,19 @@ class Router:
         """The worker's own word on the last batch of its KV events."""
         self.follower.told(worker_id, epoch, seq)
 
-    def update(self, worker_id: str, load: WorkerLoad) -> None:
-        if worker_id in self.view:
-            self.view.update(worker_id, load)
+    def changed(self, worker_id: str, load: Callable[[], WorkerLoad]) -> None:
+        """The worker's load is to be asked for before it is next looked at: many more messages tell
+        of loads than requests are routed."""
+        self._changed[worker_id] = load
 
     def can_serve(self, model_key: str) -> bool:
         return can_serve(model_key, self.view)
+
+    def _catch_up(self) -> None:
+        changed, self._changed = self._changed, {}
+        for worker_id, load in changed.items():
+            if worker_id in self._view:
+                self._view.update(worker_id, load())
 
     @property
     def degraded(self) -> bool:
@@ -103,7 +117,7 @@ class Router:
 
     def hashes(self, model_key: str, root: bytes, tokens: Sequence[int]) -> list[bytes]:
         """Of the full blocks, as the model's workers cut them; none while there is no worker."""
-        group = self.view.group(model_key)
+        group = self._view.group(model_key)
         if group is None:
             return []
         return HashChain(root, group.kv_groups[0].block_size).upto(tokens)
@@ -112,15 +126,16 @@ class Router:
         self, request: RouteRequest, order: tuple[int, int] | None = None
     ) -> Decision | None:
         """`order`: the request's place among those that wait, None behind all of them."""
+        self._catch_up()
         self.index.expire(clock.now())
         if self._num_joins_seen != self.index.num_joins:
             self._refresh_slots()
         line = self.waits.tokens_before(order)
         for worker_id, num_tokens in self._other_lines.items():
             line[worker_id] = line.get(worker_id, 0.0) + num_tokens
-        self.view.set_line_tokens(line)
+        self._view.set_line_tokens(line)
         matches = self.index.match(request.hashes, events=not self.degraded)
-        return self._policy.choose(request, self.view, matches)
+        return self._policy.choose(request, self._view, matches)
 
     def expect(self, decision: Decision, hashes: Sequence[bytes]) -> None:
         """The prompt goes there: its blocks are looked for there from now on."""
@@ -150,20 +165,21 @@ class Router:
         wait = self.waits.get(key)
         if wait is None or clock.now() - wait.since >= RECONSIDER_S:
             return True
+        self._catch_up()
         return self._has_room(wait)
 
     def _has_room(self, wait: Wait) -> bool:
-        row = self.view.row_of(wait.worker_id)
-        if row is None or not self.view.accepting[row]:
+        row = self._view.row_of(wait.worker_id)
+        if row is None or not self._view.accepting[row]:
             return True
-        return bool(self.view.prefill_room_tokens[row] > 0)
+        return bool(self._view.prefill_room_tokens[row] > 0)
 
     def _refresh_slots(self) -> None:
         degraded = self.degraded
-        for worker_id in self.view.worker_ids:
+        for worker_id in self._view.worker_ids:
             slot = self.index.slot_of(worker_id)
             known = slot is not None and (degraded or self.follower.is_fresh(worker_id))
-            self.view.set_slot(worker_id, slot if slot is not None and known else NO_SLOT)
+            self._view.set_slot(worker_id, slot if slot is not None and known else NO_SLOT)
         self._num_joins_seen = self.index.num_joins
 
     async def _exchange_lines(self) -> None:

@@ -170,6 +170,13 @@ class KvIndex:
             self._table.touch(found if not expected else found[found != ABSENT])
         return matches
 
+    def holders(self, hashes: Sequence[bytes]) -> list[int]:
+        """Of each hash by itself, the slots (as bits) of the workers that were told to hold it."""
+        rows = self._located(hashes, beyond_gaps=True)
+        ids = np.where(rows == ABSENT, NOBODY, self._table.values[rows])
+        found = (self._sets.bits[at] for at in ids.tolist())
+        return [(device | host | disk) & self._live for device, host, disk in found]
+
     def check_integrity(self) -> None:
         """Recounts everything; AssertionError names what disagrees."""
         self._table.check_integrity()

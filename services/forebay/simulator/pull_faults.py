@@ -8,7 +8,7 @@ from forebay.simulator.faults import FaultKind, Verified, not_seen, verified
 from forebay.simulator.processes import WorkerProcess
 from forebay.simulator.world import World
 
-_POLL_S = 0.001
+_POLL_S = 0.004
 """A pull lasts a few messages."""
 _SOON_S = 0.6
 

@@ -92,6 +92,7 @@ def options_of(seed: int, dice: Dice, *, scarce: bool) -> PlatformOptions:
             lease_s=2.0,
             gateway_grace_s=1.0,
             kv_frame_kib=1,
+            kv_event_interval_s=0.2,
             step_timeout_s=1.0,
         ),
         gateway=GatewaySettings(

@@ -29,18 +29,22 @@ class Room:
     def prefill_tokens(self) -> int:
         """0 when enough prompt tokens wait here already, or not even the smallest prompt would be
         let in."""
-        if not self._has_slot or self._num_spare_blocks < 1:
-            return 0
-        if self._pulls.num_waiting >= MAX_PULLS:
-            return 0
-        return max(0, self._max_queued_tokens - self._num_pending_tokens)
+        return self._left_of(self._num_pending_tokens)
 
     def load(self) -> worker_pb2.WorkerLoad:
         """Prompts that wait for KV from elsewhere wait like others."""
-        load = load_of(self._engine, self.prefill_tokens)
+        load = load_of(self._engine)
         load.num_waiting += self._pulls.num_waiting
         load.num_pending_prefill_tokens = self._num_pending_tokens
+        load.prefill_room_tokens = self._left_of(load.num_pending_prefill_tokens)
         return load
+
+    def _left_of(self, num_pending_tokens: int) -> int:
+        if num_pending_tokens >= self._max_queued_tokens or self._pulls.num_waiting >= MAX_PULLS:
+            return 0
+        if not self._has_slot or self._num_spare_blocks < 1:
+            return 0
+        return self._max_queued_tokens - num_pending_tokens
 
     def check(self, request: WorkerRequest) -> None:
         """Raises Overloaded: a prompt is let in only if every running sequence could still grow by

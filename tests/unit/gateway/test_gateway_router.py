@@ -44,7 +44,7 @@ def router(registry: MemoryRegistry | None = None, name: str = "g", **settings: 
     )
     for worker_id in ("a", "b"):
         made.join(WorkerFacts(worker_id, WorkerRole.MIXED, "m", "kv", BLOCK))
-        made.update(worker_id, WorkerLoad())
+        made.changed(worker_id, lambda: WorkerLoad())
     made.follow([("a", "1"), ("b", "1")])
     return made
 
@@ -96,7 +96,7 @@ def test_a_worker_that_is_gone_leaves_the_view() -> None:
         made = router()
         made.follow([("b", "1")])
         assert made.view.worker_ids == ("b",)
-        made.update("a", WorkerLoad())
+        made.changed("a", lambda: WorkerLoad())
         made.join(WorkerFacts("b", WorkerRole.MIXED, "m", "other", BLOCK))
         assert made.view.worker_ids == ("b",)
         assert made.view.facts[0].kv_key == "other"
@@ -107,19 +107,19 @@ def test_a_worker_that_is_gone_leaves_the_view() -> None:
 def test_who_waits_for_a_worker_may_try_when_it_has_room_is_gone_or_after_a_while() -> None:
     async def main() -> None:
         made = router()
-        made.update("a", FULL)
-        made.update("b", FULL)
+        made.changed("a", lambda: FULL)
+        made.changed("b", lambda: FULL)
         decision = choose(made)
         assert not decision.has_room
         made.wait("key", (1, 1), decision, [])
         assert not made.may_try("key") and made.may_try("another")
-        made.update(decision.computes, WorkerLoad())
+        made.changed(decision.computes, lambda: WorkerLoad())
         assert made.may_try("key")
-        made.update(decision.computes, FULL)
+        made.changed(decision.computes, lambda: FULL)
         assert not made.may_try("key")
-        made.update(decision.computes, replace(FULL, accepting=False))
+        made.changed(decision.computes, lambda: replace(FULL, accepting=False))
         assert made.may_try("key")
-        made.update(decision.computes, FULL)
+        made.changed(decision.computes, lambda: FULL)
         await asyncio.sleep(RECONSIDER_S)
         assert made.may_try("key")
         made.stop_waiting("key")
