@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +33,10 @@ _MEMBER_BYTES = 512
 class Matches:
     """By slot, zero for slots that no worker has. num_blocks: longest leading run of blocks that
     the worker holds in any tier or is expected to hold. weighted: the same run with each block
-    counted by TIER_WEIGHTS of the best tier it is in (an expected one counts 1)."""
+    counted by TIER_WEIGHTS of the best tier it is in (an expected one counts 1); the very same
+    array where every block is in the first tier."""
 
-    num_blocks: npt.NDArray[np.int32]
+    num_blocks: npt.NDArray[np.float32]
     weighted: npt.NDArray[np.float32]
 
 
@@ -212,8 +214,9 @@ class KvIndex:
         bits = self._sets.bits
         if not expected:
             starts = _changes(ids)
-            lengths = np.diff(starts, append=len(ids)).tolist()
-            return [(n, bits[at]) for n, at in zip(lengths, ids[starts].tolist(), strict=True)]
+            lengths = [end - start for start, end in pairwise([*starts, len(ids)])]
+            at = ids[starts].tolist() if starts else []
+            return [(n, bits[i]) for n, i in zip(lengths, at, strict=True)]
         known = np.zeros(num_hashes, dtype=np.uint32)
         known[: len(ids)] = ids
         changes = np.union1d(_changes(known), [start for start, _ in expected])
@@ -245,7 +248,7 @@ class KvIndex:
             num_alike += 1
         num_blocks = added_up(holders, amounts, self.num_slots)
         weighted = num_blocks if all_device else self._weighted(groups[:num_alike])
-        return Matches(num_blocks.astype(np.int32), weighted), longest
+        return Matches(num_blocks, weighted), longest
 
     def _weighted(self, groups: Sequence[tuple[int, Bits]]) -> npt.NDArray[np.float32]:
         """`groups`: all of which somebody has in full."""
@@ -353,13 +356,11 @@ class KvIndex:
             self._sets.moved(old, NOBODY, count)
 
 
-def _changes(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
+def _changes(values: npt.NDArray[np.uint32]) -> list[int]:
     """Where stretches of equal values begin."""
     if not len(values):
-        return np.empty(0, dtype=np.intp)
-    return np.concatenate(
-        [np.zeros(1, dtype=np.intp), np.flatnonzero(values[1:] != values[:-1]) + 1]
-    )
+        return []
+    return [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()]
 
 
 def _holds(bits: Bits, mask: int) -> bool:

@@ -47,6 +47,7 @@ from forebay.router.view import (
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(29)
+_NOWHERE: Bools = np.zeros(0, np.bool_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +169,12 @@ class _Prompt:
         """At least the last token is always computed: its logits are wanted."""
         most = request.num_tokens - 1
         held = np.minimum(view.by_row(matches.num_blocks) * kv_group.block_size, most)
-        saved = np.minimum(view.by_row(matches.weighted) * kv_group.block_size, most)
+        saved = held
+        if matches.weighted is not matches.num_blocks:
+            saved = np.minimum(view.by_row(matches.weighted) * kv_group.block_size, most)
         work = weights.miss * (request.num_tokens - saved)
-        pulls = np.zeros(len(view), np.bool_)
-        rows = kv_group.rows[view.accepting[kv_group.rows]]
+        pulls = _NOWHERE
+        rows = _among(kv_group.rows, view.accepting)
         source = int(rows[np.argmax(saved[rows])]) if len(rows) else 0
         if weights.pulls and len(rows) and held[source]:
             rest = weights.miss * (request.num_tokens - saved[source])
@@ -196,8 +199,8 @@ def _best_option(
     decoding = weights.sequence * view.num_sequences + weights.kv * view.kv_usage**2
     receiving = decoding + weights.transfer * (prompt.num_tokens - prompt.held)
     options = []
-    prefills = kv_group.prefill[usable[kv_group.prefill]]
-    decodes = kv_group.decode[usable[kv_group.decode]]
+    prefills = _among(kv_group.prefill, usable)
+    decodes = _among(kv_group.decode, usable)
     costs[prefills] = computing[prefills]
     if len(prefills) and len(decodes):
         costs[decodes] = receiving[decodes]
@@ -208,7 +211,7 @@ def _best_option(
         local = _local(prompt, view, decodes, decoding, tie_key, weights)
         if local is not None:
             options.append(local)
-    mixed = kv_group.mixed[usable[kv_group.mixed]]
+    mixed = _among(kv_group.mixed, usable)
     if len(mixed):
         alone = computing + decoding
         costs[mixed] = alone[mixed]
@@ -235,9 +238,15 @@ def _local(
     return _Option(float(costs[row]), row, row)
 
 
+def _among(rows: Rows, usable: Bools) -> Rows:
+    """Those of `rows` that are usable; mostly all are."""
+    mask = usable.take(rows)
+    return rows if mask.all() else rows[mask]
+
+
 def cheapest(rows: Rows, costs: Floats, view: FleetView, tie_key: np.uint64) -> int:
     """Of `rows`, at least one; equal ones by rendezvous hashing."""
-    mine = costs[rows]
+    mine = costs.take(rows)
     equal = rows[mine == mine.min()]
     if len(equal) == 1:
         return int(equal[0])
@@ -263,7 +272,7 @@ def _decision(
 ) -> Decision:
     ids, row = view.worker_ids, option.computes
     is_local = option.computes == option.decodes
-    pulls = bool(prompt.pulls[row])
+    pulls = prompt.pulls is not _NOWHERE and bool(prompt.pulls[row])
     held = int(prompt.held[prompt.source if pulls else row])
     return Decision(
         decode=ids[option.decodes],

@@ -164,13 +164,15 @@ class FleetView:
                 column[row] = count
 
     def set_slot(self, worker_id: str, slot: int) -> None:
-        self.slots[self._row_of[worker_id]] = slot
+        row = self._row_of[worker_id]
+        self.slots[row] = slot
+        self._columns["known"][row] = slot != NO_SLOT
 
     def by_row(self, by_slot: npt.NDArray[Any]) -> Floats:
         """A column of figures by slot, 0 where a worker has no slot."""
         if not len(by_slot):
             return np.zeros(len(self))
-        found: Floats = by_slot[self.slots] * (self.slots >= 0)
+        found: Floats = by_slot.take(self.slots) * self._columns["known"]
         return found
 
     def group(self, model_key: str) -> ModelGroup | None:
@@ -216,6 +218,7 @@ class FleetView:
             "prefill_room_tokens": np.zeros(len(facts), np.float64),
             "kv_usage": np.zeros(len(facts), np.float64),
             "slots": np.full(len(facts), NO_SLOT, np.intp),
+            "known": np.zeros(len(facts), np.float64),
             "tie_breakers": np.zeros(len(facts), np.uint64),
         }
         for name, column in fresh.items():

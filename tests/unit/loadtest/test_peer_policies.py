@@ -48,7 +48,7 @@ def prompt(chain: str = "a", num_blocks: int = 10, name: str = "r") -> RouteRequ
 
 
 def computing(policy: Policy, view: FleetView, request: RouteRequest, *num_blocks: int) -> str:
-    found = np.array([*num_blocks, *[0] * (len(view) - len(num_blocks))], np.int32)
+    found = np.array([*num_blocks, *[0] * (len(view) - len(num_blocks))], np.float32)
     decision = policy.choose(request, view, Matches(found, found.astype(np.float32)))
     assert decision is not None and decision.decode == "d"
     return decision.computes

@@ -56,7 +56,7 @@ def test_types_and_weights_of_matches(rng: random.Random) -> None:
     store(index, b, chain[:2], Tier.DISK)
     store(index, b, chain[3:])
     matches = index.match(chain)
-    assert (matches.num_blocks.dtype, matches.weighted.dtype) == (np.int32, np.float32)
+    assert (matches.num_blocks.dtype, matches.weighted.dtype) == (np.float32, np.float32)
     assert matches.num_blocks.tolist() == [6, 2, 0]
     assert matches.weighted.tolist() == [5.5, 0.5, 0.0]
 

@@ -51,7 +51,7 @@ def queued(*num_tokens: int) -> list[WorkerLoad]:
 
 
 def held(view: FleetView, **num_blocks: int) -> Matches:
-    found = np.zeros(int(view.slots.max()) + 1, np.int32)
+    found = np.zeros(int(view.slots.max()) + 1, np.float32)
     for worker_id, slot in zip(view.worker_ids, view.slots, strict=True):
         found[slot] = num_blocks.get(worker_id, 0)
     return Matches(found, found.astype(np.float32))

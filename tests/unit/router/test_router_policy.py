@@ -49,7 +49,7 @@ def decode(worker_id: str, held: int = 0, **load: object) -> Row:
 def view_of(*rows: Row) -> tuple[FleetView, Matches]:
     """Slots in another order than rows."""
     view = FleetView()
-    blocks = np.zeros(len(rows) + 1, np.int32)
+    blocks = np.zeros(len(rows) + 1, np.float32)
     weighted = np.zeros(len(rows) + 1, np.float32)
     for number, row in enumerate(rows):
         view.join(WorkerFacts(row.worker_id, row.role, row.model_key, row.kv_key, BLOCK))
