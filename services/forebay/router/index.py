@@ -234,16 +234,18 @@ class KvIndex:
         amounts: list[int] = []
         alive, longest, num_alike, all_device = self._live, 0, 0, True
         for length, (device, host, disk) in groups:
-            still = alive & (device | host | disk)
+            below = host or disk
+            still = alive & (device | host | disk if below else device)
             if not still:
                 break
+            if below and still & ~device:
+                all_device = False
             if still == alive and holders:
                 amounts[-1] += length
             else:
                 holders.append(still)
                 amounts.append(length)
             alive = still
-            all_device = all_device and not alive & ~device
             longest += length
             num_alike += 1
         num_blocks = added_up(holders, amounts, self.num_slots)
