@@ -64,7 +64,7 @@ sim-bugs: .venv/.dev ## the simulator finds its planted bugs
 	$(BIN)/python tests/sim/planted_bugs.py
 
 bench-routing: .venv/.dev ## every routing policy over a trace, with plots: make bench-routing TRACE=file
-	$(BIN)/python -m forebay_loadtest.bench_routing $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+	$(BIN)/python -m forebay_loadtest.routing.offline $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 clean: ## what the other targets made
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

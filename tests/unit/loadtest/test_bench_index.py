@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from forebay_loadtest.call_times import CallTimes
-from forebay_loadtest.index_bounds import endless_prompts, exact_lru_hits
-from forebay_loadtest.index_size import FullIndex
+from forebay_loadtest.routing.call_times import CallTimes
+from forebay_loadtest.routing.index_bounds import endless_prompts, exact_lru_hits
+from forebay_loadtest.routing.index_size import FullIndex
 
 
 def test_call_times_give_results_and_quantiles() -> None:

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from forebay_loadtest.bench_live_routing import (
+from forebay_loadtest.routing.faults import Fault
+from forebay_loadtest.routing.live import (
     GATEWAYS,
     NOISE_POINTS,
     dynamo_shortfalls,
     fault_shortfalls,
     gateway_shortfalls,
 )
-from forebay_loadtest.live_dynamo import RequestSet, SetResult, request_sets
-from forebay_loadtest.live_faults import FaultResult
-from forebay_loadtest.routing_faults import Fault
-from forebay_loadtest.routing_shares import Recovery, Share
+from forebay_loadtest.routing.live_dynamo import RequestSet, SetResult, request_sets
+from forebay_loadtest.routing.live_faults import FaultResult
+from forebay_loadtest.routing.shares import Recovery, Share
 
 OURS = SetResult("Forebay", "conversations", 70.0, 80.0, 2.0, 100, 0, 9000, 0.1, 9.0, "")
 SHARE = Share(50, 70.0, 80.0)

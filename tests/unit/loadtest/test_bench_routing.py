@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from forebay_loadtest.bench_routing import main
-from forebay_loadtest.replay_lineup import FOREBAY, LINEUP, LONGEST_PREFIX, ROUND_ROBIN, Entrant
-from forebay_loadtest.replay_runs import Figures, Ground, Setting, play, survey
-from forebay_loadtest.replay_targets import targets, verdict
+from forebay_loadtest.routing.offline import main
+from forebay_loadtest.routing.replay_lineup import (
+    FOREBAY,
+    LINEUP,
+    LONGEST_PREFIX,
+    ROUND_ROBIN,
+    Entrant,
+)
+from forebay_loadtest.routing.replay_runs import Figures, Ground, Setting, play, survey
+from forebay_loadtest.routing.replay_targets import targets, verdict
 
 BLOCK = 512
 

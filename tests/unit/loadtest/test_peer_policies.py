@@ -9,7 +9,7 @@ from forebay.core.roles import WorkerRole
 from forebay.router.index import Matches
 from forebay.router.policy import Policy
 from forebay.router.view import FleetView, RouteRequest, WorkerFacts, WorkerLoad
-from forebay_loadtest.peer_policies import (
+from forebay_loadtest.routing.peer_policies import (
     DYNAMO_GRID,
     LLMD_GRID,
     SGLANG_GRID,

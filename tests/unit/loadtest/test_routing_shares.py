@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from forebay_loadtest.live_faults import RouterSample, router_back_s
-from forebay_loadtest.live_memory import INDEX_MIB, MemorySample, shortfalls
-from forebay_loadtest.routing_shares import Outcome, Share, recovery
+from forebay_loadtest.routing.live_faults import RouterSample, router_back_s
+from forebay_loadtest.routing.live_memory import INDEX_MIB, MemorySample, shortfalls
+from forebay_loadtest.routing.shares import Outcome, Share, recovery
 
 MIB = 1 << 20
 

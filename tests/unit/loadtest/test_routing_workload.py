@@ -9,7 +9,7 @@ import pytest
 
 from forebay.text.sim import sim_tokenizer_spec
 from forebay.text.tokenizer import Tokenizer
-from forebay_loadtest.routing_workload import (
+from forebay_loadtest.routing.workload import (
     ConversationMix,
     InfiniteCache,
     RoutedRequest,

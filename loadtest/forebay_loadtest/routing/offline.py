@@ -1,4 +1,4 @@
-"""Replays a trace with every routing policy: `python -m forebay_loadtest.bench_routing`.
+"""Replays a trace with every routing policy: `python -m forebay_loadtest.routing.offline`.
 
 Prefill time is linear in uncached tokens, at a speed with which round robin keeps the workers 95 %
 busy. Policies of others are tuned: every point of a stated grid on the first seed, the best
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from forebay.core.errors import ConfigurationError
-from forebay_loadtest.replay_lineup import FOREBAY, LEAST_LOADED, LINEUP, Entrant
-from forebay_loadtest.replay_plots import draw
-from forebay_loadtest.replay_runs import Figures, Ground, Outcome, Setting, play, survey
-from forebay_loadtest.replay_targets import Target, targets, verdict
 from forebay_loadtest.report import environment
+from forebay_loadtest.routing.replay_lineup import FOREBAY, LEAST_LOADED, LINEUP, Entrant
+from forebay_loadtest.routing.replay_plots import draw
+from forebay_loadtest.routing.replay_runs import Figures, Ground, Outcome, Setting, play, survey
+from forebay_loadtest.routing.replay_targets import Target, targets, verdict
 
 _TRACE = Path("loadtest/traces/mooncake_conversation_first29.5min.jsonl.gz")
 _OUTPUT = Path("loadtest/results/routing.json")
@@ -227,7 +227,7 @@ def as_json(entries: dict[str, Entry]) -> dict[str, object]:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m forebay_loadtest.bench_routing")
+    parser = argparse.ArgumentParser(prog="python -m forebay_loadtest.routing.offline")
     parser.add_argument("--trace", type=Path, default=_TRACE, help="in the format of Mooncake's")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cache-share", type=float, default=0.05)

@@ -1,5 +1,5 @@
-"""`python -m forebay_loadtest.bare_worker`: a worker without Ray, set up by FOREBAY_WORKER_* and
-FOREBAY_ENGINE_* variables; it stops at SIGTERM."""
+"""`python -m forebay_loadtest.routing.bare_worker`: a worker without Ray, set up by the variables
+FOREBAY_WORKER_* and FOREBAY_ENGINE_*; it stops at SIGTERM."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from forebay_loadtest.replay_lineup import (
+from forebay_loadtest.routing.replay_lineup import (
     FOREBAY,
     LEAST_LOADED,
     LONGEST_PREFIX,
     PEERS,
     ROUND_ROBIN,
 )
-from forebay_loadtest.replay_runs import Figures
+from forebay_loadtest.routing.replay_runs import Figures
 
 LEAST_OF_SHARED = 0.95
 LEAST_GAIN = {LEAST_LOADED: 2.5, ROUND_ROBIN: 15.0}

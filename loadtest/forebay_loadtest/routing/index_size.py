@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from forebay.router.index import KvIndex, Tier
-from forebay_loadtest.call_times import CallTimes
 from forebay_loadtest.proc import rss_bytes
+from forebay_loadtest.routing.call_times import CallTimes
 
 _SHARED_BLOCKS = 8
 _CHAIN_BLOCKS = 64

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from forebay_loadtest.dynamo_peer import DYNAMO_MODEL, dynamo
-from forebay_loadtest.routing_clients import RequestFlow
-from forebay_loadtest.routing_platform import MODEL, Capacity, bare_platform, scrape
-from forebay_loadtest.routing_shares import Outcome, Share
-from forebay_loadtest.routing_workload import (
+from forebay_loadtest.routing.bare_platform import MODEL, Capacity, bare_platform, scrape
+from forebay_loadtest.routing.clients import RequestFlow
+from forebay_loadtest.routing.dynamo_peer import DYNAMO_MODEL, dynamo
+from forebay_loadtest.routing.shares import Outcome, Share
+from forebay_loadtest.routing.workload import (
     ConversationMix,
     InfiniteCache,
     RoutedRequest,

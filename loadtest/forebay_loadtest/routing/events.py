@@ -1,4 +1,4 @@
-"""`python -m forebay_loadtest.bench_kv_events`: what KV events cost, from workers' pools through a
+"""`python -m forebay_loadtest.routing.events`: what KV events cost, from workers' pools through a
 real Valkey into a gateway's index.
 
 Publishers and follower run in one process, Valkey in another. The time it takes to change the pools

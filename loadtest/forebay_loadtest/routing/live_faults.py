@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from forebay_loadtest.live_dynamo import MAX_TOKENS, NUM_CLIENTS, TIME_SCALE
 from forebay_loadtest.local_platform import PlatformError
-from forebay_loadtest.routing_clients import RequestFlow
-from forebay_loadtest.routing_faults import Fault, NotStruck, strike
-from forebay_loadtest.routing_platform import (
+from forebay_loadtest.routing.bare_platform import (
     MODEL,
     BarePlatform,
     Capacity,
     bare_platform,
     scrape,
 )
-from forebay_loadtest.routing_shares import Recovery, ended_within, recovery
-from forebay_loadtest.routing_workload import ConversationMix, InfiniteCache, conversations
+from forebay_loadtest.routing.clients import RequestFlow
+from forebay_loadtest.routing.faults import Fault, NotStruck, strike
+from forebay_loadtest.routing.live_dynamo import MAX_TOKENS, NUM_CLIENTS, TIME_SCALE
+from forebay_loadtest.routing.shares import Recovery, ended_within, recovery
+from forebay_loadtest.routing.workload import ConversationMix, InfiniteCache, conversations
 
 CAPACITY = Capacity(num_blocks=3072)
 """Room for what is live: a share that falls has fallen because of the fault."""

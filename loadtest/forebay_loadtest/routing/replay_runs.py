@@ -22,7 +22,7 @@ from forebay.simulator.routing_replay import (
     RoutingReplay,
     cache_hit_rate,
 )
-from forebay_loadtest.replay_lineup import Entrant
+from forebay_loadtest.routing.replay_lineup import Entrant
 
 TARGET_UTILISATION = 0.95
 _CLOSE_ENOUGH = 0.002

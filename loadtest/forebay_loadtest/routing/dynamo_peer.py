@@ -22,7 +22,7 @@ from forebay.deploy.ports import LOOPBACK, free_ports
 from forebay.deploy.processes import ProcessRecord, end_processes
 from forebay.text.sim import sim_tokenizer_spec
 from forebay_loadtest.local_platform import PlatformError
-from forebay_loadtest.routing_platform import START_LIMIT_S, Capacity, Child
+from forebay_loadtest.routing.bare_platform import START_LIMIT_S, Capacity, Child
 
 DYNAMO_MODEL = "mock"
 _PLANES = ("--discovery-backend=file", "--request-plane=tcp", "--event-plane=zmq")

@@ -13,7 +13,7 @@ from forebay.router.baselines import (
     RoundRobin,
 )
 from forebay.router.policy import KvAware, Policy, Weights
-from forebay_loadtest.peer_policies import (
+from forebay_loadtest.routing.peer_policies import (
     DYNAMO_GRID,
     LLMD_GRID,
     SGLANG_GRID,

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from forebay_loadtest.replay_runs import Outcome
+from forebay_loadtest.routing.replay_runs import Outcome
 
 matplotlib.use("Agg")
 

@@ -171,7 +171,7 @@ async def _start_workers(
                 name,
                 port,
                 metrics_port,
-                (sys.executable, "-m", "forebay_loadtest.bare_worker"),
+                (sys.executable, "-m", "forebay_loadtest.routing.bare_worker"),
                 {**environ, **own, **listen},
                 platform.folder / f"{name}.log",
             )

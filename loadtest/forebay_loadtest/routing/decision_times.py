@@ -16,7 +16,7 @@ from forebay.simulator.kv_events import SimKvEventSink, SimKvEventSource, SimKvS
 from forebay.simulator.redis_client import LocalRedisClient
 from forebay.simulator.registry import MemoryRegistry
 from forebay.store.kv_events import KvEntry, KvSnapshotWrite
-from forebay_loadtest.call_times import CallTimes
+from forebay_loadtest.routing.call_times import CallTimes
 
 BLOCK_TOKENS = 64
 _MODEL = "model"

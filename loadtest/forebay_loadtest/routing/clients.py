@@ -11,8 +11,8 @@ from functools import partial
 import httpx
 
 from forebay_loadtest.chat_stream import http_client
-from forebay_loadtest.routing_shares import Outcome
-from forebay_loadtest.routing_workload import InfiniteCache, RoutedRequest
+from forebay_loadtest.routing.shares import Outcome
+from forebay_loadtest.routing.workload import InfiniteCache, RoutedRequest
 
 
 class RequestFlow:

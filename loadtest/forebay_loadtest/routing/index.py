@@ -1,5 +1,5 @@
-"""`python -m forebay_loadtest.bench_index`: memory, pace and pauses of the router's index, and what
-a decision costs."""
+"""`python -m forebay_loadtest.routing.index`: memory, pace and pauses of the router's index, and
+what a decision costs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from forebay_loadtest.decision_times import decision_times
-from forebay_loadtest.index_bounds import endless_prompts, hit_quality
-from forebay_loadtest.index_lookups import hashing, long_prompts, short_prompts
-from forebay_loadtest.index_size import FullIndex
 from forebay_loadtest.report import environment
+from forebay_loadtest.routing.decision_times import decision_times
+from forebay_loadtest.routing.index_bounds import endless_prompts, hit_quality
+from forebay_loadtest.routing.index_lookups import hashing, long_prompts, short_prompts
+from forebay_loadtest.routing.index_size import FullIndex
 
 _MIB = 1 << 20
 

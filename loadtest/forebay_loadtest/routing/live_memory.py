@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from forebay_loadtest import proc
-from forebay_loadtest.live_dynamo import NUM_CLIENTS
-from forebay_loadtest.routing_clients import RequestFlow
-from forebay_loadtest.routing_platform import (
+from forebay_loadtest.routing.bare_platform import (
     MODEL,
     BarePlatform,
     Capacity,
     bare_platform,
     scrape,
 )
-from forebay_loadtest.routing_workload import random_prompts
+from forebay_loadtest.routing.clients import RequestFlow
+from forebay_loadtest.routing.live_dynamo import NUM_CLIENTS
+from forebay_loadtest.routing.workload import random_prompts
 
 CAPACITY = Capacity(num_blocks=65_536, max_batch_tokens=8192)
 """Four workers hold more blocks than the index may know."""

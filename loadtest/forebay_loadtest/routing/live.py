@@ -1,4 +1,4 @@
-"""`python -m forebay_loadtest.bench_live_routing`: routing by cached prefixes with real processes.
+"""`python -m forebay_loadtest.routing.live`: routing by cached prefixes with real processes.
 
 Every subcommand starts platforms of its own on loopback (Valkey, four workers with the sim engine,
 one gateway or two), writes JSON when asked to, and ends with `OK: ...` or `SHORT: ...`; exit code 1
@@ -19,19 +19,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from forebay_loadtest import live_memory
-from forebay_loadtest.live_dynamo import (
+from forebay_loadtest.report import environment
+from forebay_loadtest.routing import live_memory
+from forebay_loadtest.routing.faults import Fault
+from forebay_loadtest.routing.live_dynamo import (
     DYNAMO_TUNED,
     SetResult,
     on_dynamo,
     on_forebay,
     request_sets,
 )
-from forebay_loadtest.live_faults import FaultResult, run_faults
-from forebay_loadtest.live_memory import MemorySample, run_memory
-from forebay_loadtest.report import environment
-from forebay_loadtest.routing_faults import Fault
-from forebay_loadtest.routing_shares import NEAR_POINTS
+from forebay_loadtest.routing.live_faults import FaultResult, run_faults
+from forebay_loadtest.routing.live_memory import MemorySample, run_memory
+from forebay_loadtest.routing.shares import NEAR_POINTS
 
 CONSOLE = Console(highlight=False, soft_wrap=True, width=140)
 BASELINE = {"router_policy": "least-loaded"}

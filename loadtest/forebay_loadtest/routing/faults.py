@@ -15,7 +15,7 @@ import redis.asyncio as redis
 from forebay.deploy.processes import ProcessRecord
 from forebay_loadtest import proc
 from forebay_loadtest.local_platform import PlatformError
-from forebay_loadtest.routing_platform import BarePlatform, Child
+from forebay_loadtest.routing.bare_platform import BarePlatform, Child
 
 PAUSE_S = 5.0
 DROP_ROUNDS = 4

@@ -8,7 +8,7 @@ from itertools import count
 
 from forebay.kv.block_hash import HashChain, cache_root
 from forebay.router.index import KvIndex, Tier
-from forebay_loadtest.call_times import CallTimes
+from forebay_loadtest.routing.call_times import CallTimes
 
 _NUM_CHAINS = 50
 _NUM_CALLS = 3000
