@@ -94,6 +94,11 @@ class Fleet:
                 return link
         raise Unavailable(f"worker {worker_id} is gone")
 
+    def expect(self, link: WorkerLink, num_sequences: int, num_prefill_tokens: int) -> None:
+        """Work that is about to be sent there counts from now on for whoever is routed next."""
+        link.expect(num_sequences, num_prefill_tokens)
+        self._update_view(link)
+
     async def lives(self, link: WorkerLink) -> bool:
         """Whether the worker behind a lost link is there all the same, in the same life."""
         again = self._new_link(link.description)

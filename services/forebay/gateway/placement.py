@@ -162,12 +162,12 @@ class Placer:
         decode = self._link(decision.decode)
         num_choices = len(leg.choices)
         if decision.prefill is None:
-            decode.expect(num_choices, decision.num_compute_tokens)
+            self._fleet.expect(decode, num_choices, decision.num_compute_tokens)
             await self._start(decode, leg, None, decision, deadline)
             return Placement(decode, None)
         prefill = self._link(decision.prefill)
-        prefill.expect(num_choices, decision.num_compute_tokens)
-        decode.expect(num_choices, 0)
+        self._fleet.expect(prefill, num_choices, decision.num_compute_tokens)
+        self._fleet.expect(decode, num_choices, 0)
         target = await self._reserve(decode, leg, deadline)
         leg.timeline.reserved(decode.worker_id)
         try:

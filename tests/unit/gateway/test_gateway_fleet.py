@@ -257,3 +257,16 @@ async def test_a_step_stream_that_cannot_be_read_loses_the_link() -> None:
         assert link.lost and inbox.num_lost == 1
         await asyncio.sleep(2)
         assert world.link(worker) is not link
+
+
+@in_virtual_time
+async def test_work_that_is_about_to_be_sent_counts_at_once() -> None:
+    async with following() as world:
+        worker = world.worker("a:1")
+        await world.announce(worker.description())
+        await asyncio.sleep(2)
+        room = world.router.view.prefill_room_tokens[0]
+        world.fleet.expect(world.link(worker), 2, 300)
+        view = world.router.view
+        assert (view.num_sequences[0], view.num_queued_tokens[0]) == (2, 300)
+        assert view.prefill_room_tokens[0] == room - 300
