@@ -14,17 +14,6 @@ from torch import Tensor
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [..., N]; weight: [N], same dtype. Returns x / sqrt(mean(x^2) + eps) * weight."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [..., N]. Returns (rms_norm(x + residual), x + residual). May overwrite x."""
-    total = x.add_(residual)
-    return F.rms_norm(total, weight.shape, weight, eps), total
-
-
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + D/2]) of every head.
 

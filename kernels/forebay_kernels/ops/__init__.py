@@ -1,14 +1,11 @@
-"""The operations as the engine calls them; each is the implementation in use."""
+"""The operations as the engine calls them. Each is `torch.ops.forebay.<name>` too."""
 
-from __future__ import annotations
-
+from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import (
-    add_rms_norm,
     append_kv,
     paged_decode,
     paged_prefill,
-    rms_norm,
     rotary_embedding,
     silu_and_mul,
 )
@@ -17,6 +14,7 @@ __all__ = [
     "DecodePlan",
     "PrefillPlan",
     "add_rms_norm",
+    "add_rms_norm_quant",
     "append_kv",
     "paged_decode",
     "paged_prefill",

@@ -1,0 +1,210 @@
+"""Compiles csrc/ into shared libraries, one per variant, cached by a hash of the sources.
+
+    python -m forebay_kernels.build [--variant NAME ...] [--cache DIR]
+
+Variants: `cuda` (sm_80 and sm_90a, by nvcc), `cpu-avx512`, `cpu-avx2`, `cpu-scalar` (by g++; the
+loader takes the best one for the processor), `host` (the CUDA sources by g++ over host/shim.h, for
+tests) and `host-asan` (the same under the address sanitizer). All export the same entry points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from forebay_kernels.params import SOURCES
+
+TIMEOUT_S = 900.0
+"""For one source file of one variant."""
+
+
+class BuildError(RuntimeError):
+    """A library cannot be had: no compiler, or one that failed. Says which and what it printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """sources: patterns below csrc/. compilers: the first one found is taken. `options`: of the
+    compilation; `language`: what the compiler must take the sources for."""
+
+    name: str
+    sources: tuple[str, ...]
+    compilers: tuple[str, ...]
+    options: tuple[str, ...]
+    language: tuple[str, ...] = ()
+    link_options: tuple[str, ...] = ()
+
+
+_COMMON = ("-O3", "-std=c++17")
+_GXX = (
+    *_COMMON, "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+_CXX_COMPILERS = ("g++", "c++", "clang++")
+_HOST = (*_GXX, "-DFOREBAY_HOST", "-Wno-unused-parameter", "-Wno-unused-variable")
+
+
+def _cpu(isa: str, *options: str) -> Variant:
+    return Variant(
+        f"cpu-{isa}",
+        sources=("*/*_cpu.cpp",),
+        compilers=_CXX_COMPILERS,
+        options=(*_GXX, "-fopenmp", *options),
+        link_options=("-fopenmp",),
+    )
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            "cuda",
+            sources=("*/*.cu",),
+            compilers=("nvcc", "/usr/local/cuda/bin/nvcc"),
+            options=(
+                *_COMMON, "--compiler-options=-fPIC", "--cudart=static",
+                "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+                "-Xptxas=-v", "--threads=2",
+            ),
+        ),
+        _cpu("avx512", "-march=x86-64-v4", "-mprefer-vector-width=512", "-mpclmul"),
+        _cpu("avx2", "-march=x86-64-v3", "-mpclmul"),
+        _cpu("scalar"),
+        Variant(
+            "host",
+            sources=("*/*.cu", "host/*.cpp"),
+            compilers=_CXX_COMPILERS,
+            options=_HOST,
+            language=("-x", "c++"),
+        ),
+        Variant(
+            "host-asan",
+            sources=("*/*.cu", "host/*.cpp"),
+            compilers=_CXX_COMPILERS,
+            options=(*_HOST, "-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer"),
+            language=("-x", "c++"),
+            link_options=("-fsanitize=address",),
+        ),
+    )
+}  # fmt: skip
+
+
+def default_cache() -> Path:
+    return Path.home() / ".cache" / "forebay" / "kernels"
+
+
+def find_compiler(variant: Variant) -> str | None:
+    return next((path for name in variant.compilers if (path := shutil.which(name))), None)
+
+
+def library_path(variant: Variant, cache: Path) -> Path:
+    return cache / f"forebay-{variant.name}-{_digest(variant)}.so"
+
+
+def build(variant: Variant, cache: Path | None = None) -> Path:
+    """The variant's library, compiled unless the cache has it. Processes that want the same one
+    wait for the first. Raises BuildError. Beside the library lies what the compiler printed, with
+    the ending .log: nvcc's report of registers, spills and stack."""
+    cache = default_cache() if cache is None else cache
+    path = library_path(variant, cache)
+    if path.exists():
+        return path
+    compiler = find_compiler(variant)
+    if compiler is None:
+        raise BuildError(f"{variant.name} kernels need one of {', '.join(variant.compilers)}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f"{path.stem}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=cache) as folder:
+                    _compile(variant, compiler, Path(folder), path)
+    except OSError as error:
+        raise BuildError(f"{variant.name} kernels cannot be built in {cache}: {error}") from error
+    return path
+
+
+def sources_of(variant: Variant) -> list[Path]:
+    return sorted(path for pattern in variant.sources for path in SOURCES.glob(pattern))
+
+
+def _digest(variant: Variant) -> str:
+    digest = hashlib.sha256(repr((variant, platform.machine())).encode())
+    for path in sorted(SOURCES.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(SOURCES)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(variant: Variant, compiler: str, folder: Path, path: Path) -> None:
+    def compile_one(source: Path) -> tuple[str, str]:
+        target = str(folder / ("-".join(source.relative_to(SOURCES).parts) + ".o"))
+        command = [compiler, *variant.options, f"-I{SOURCES}", *variant.language]
+        return target, _run([*command, "-c", str(source), "-o", target])
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_one, sources_of(variant)))
+    linked = folder / path.name
+    shared = ("--cudart=static",) if variant.name == "cuda" else ()
+    targets = [target for target, _ in objects]
+    _run([compiler, "-shared", *shared, *variant.link_options, *targets, "-o", str(linked)])
+    path.with_suffix(".log").write_text("".join(output for _, output in objects))
+    os.replace(linked, path)
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"no end after {TIMEOUT_S:.0f} s: {' '.join(command)}") from error
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{result.stdout}")
+    return result.stdout
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m forebay_kernels.build", description=__doc__)
+    parser.add_argument("--variant", action="append", choices=VARIANTS, default=None)
+    parser.add_argument("--cache", type=Path, default=None, help="where the libraries are kept")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    for name in options.variant or _installable():
+        try:
+            print(f"{name:12} {build(VARIANTS[name], options.cache)}", flush=True)
+        except BuildError as error:
+            print(f"{name:12} not built: {error}", file=sys.stderr, flush=True)
+            return 1
+    return 0
+
+
+def _installable() -> list[str]:
+    """Without a wish: what this machine's compilers can build and an engine can run."""
+    wanted = ["cuda", *(f"cpu-{isa}" for isa in cpu_isas())]
+    found = [name for name in wanted if find_compiler(VARIANTS[name]) is not None]
+    if not found:
+        print("no compiler found: the operations run on plain torch", file=sys.stderr)
+    return found
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Of this kind of machine, the best first."""
+    return (
+        ("avx512", "avx2", "scalar") if platform.machine() in ("x86_64", "AMD64") else ("scalar",)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
