@@ -1,4 +1,5 @@
-"""Compiles csrc/ into shared libraries, one per variant, cached by a hash of the sources.
+"""Compiles csrc/ into shared libraries, one per variant, cached by a hash of the sources (objects
+too).
 
     python -m forebay_kernels.build [--variant NAME ...] [--cache DIR]
 
@@ -77,6 +78,7 @@ VARIANTS = {
                 "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
                 "-Xptxas=-v", "--threads=2",
             ),
+            link_options=("--cudart=static",),
         ),
         _cpu("avx512", "-march=x86-64-v4", "-mprefer-vector-width=512", "-mpclmul"),
         _cpu("avx2", "-march=x86-64-v3", "-mpclmul"),
@@ -109,7 +111,9 @@ def find_compiler(variant: Variant) -> str | None:
 
 
 def library_path(variant: Variant, cache: Path) -> Path:
-    return cache / f"forebay-{variant.name}-{_digest(variant)}.so"
+    digests = "".join(_digest(variant, source) for source in sources_of(variant))
+    digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    return cache / f"forebay-{variant.name}-{digest}.so"
 
 
 def build(variant: Variant, cache: Path | None = None) -> Path:
@@ -139,28 +143,39 @@ def sources_of(variant: Variant) -> list[Path]:
     return sorted(path for pattern in variant.sources for path in SOURCES.glob(pattern))
 
 
-def _digest(variant: Variant) -> str:
+def _digest(variant: Variant, source: Path) -> str:
+    """Of everything that goes into the source's object: a source includes nothing but headers of
+    its own folder, of common/ and host/, and params.h."""
     digest = hashlib.sha256(repr((variant, platform.machine())).encode())
-    for path in sorted(SOURCES.rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(SOURCES)}\0".encode())
-            digest.update(path.read_bytes())
+    headers = {
+        path for pattern in ("*.h", "common/*", "host/*.h") for path in SOURCES.glob(pattern)
+    }
+    headers |= {path for pattern in ("*.h", "*.cuh") for path in source.parent.glob(pattern)}
+    for path in sorted(headers | {source}):
+        digest.update(f"{path.relative_to(SOURCES)}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _compile(variant: Variant, compiler: str, folder: Path, path: Path) -> None:
-    def compile_one(source: Path) -> tuple[str, str]:
-        target = str(folder / ("-".join(source.relative_to(SOURCES).parts) + ".o"))
-        command = [compiler, *variant.options, f"-I{SOURCES}", *variant.language]
-        return target, _run([*command, "-c", str(source), "-o", target])
+    def compile_one(source: Path) -> Path:
+        name = "-".join(source.relative_to(SOURCES).parts)
+        target = path.parent / f"{variant.name}-{name}-{_digest(variant, source)}.o"
+        if not target.exists():
+            fresh = folder / target.name
+            command = [compiler, *variant.options, f"-I{SOURCES}", *variant.language]
+            output = _run([*command, "-c", str(source), "-o", str(fresh)])
+            target.with_suffix(".log").write_text(output)
+            os.replace(fresh, target)
+        return target
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         objects = list(pool.map(compile_one, sources_of(variant)))
     linked = folder / path.name
-    shared = ("--cudart=static",) if variant.name == "cuda" else ()
-    targets = [target for target, _ in objects]
-    _run([compiler, "-shared", *shared, *variant.link_options, *targets, "-o", str(linked)])
-    path.with_suffix(".log").write_text("".join(output for _, output in objects))
+    targets = [str(target) for target in objects]
+    _run([compiler, "-shared", *variant.link_options, *targets, "-o", str(linked)])
+    logs = [target.with_suffix(".log").read_text() for target in objects]
+    path.with_suffix(".log").write_text("".join(logs))
     os.replace(linked, path)
 
 

@@ -1,5 +1,5 @@
-"""The operations in plain torch, for every device and dtype: what kernels are compared with, and what
-computes where there are none."""
+"""The operations in plain torch, for every device and dtype: what kernels are compared with, and
+what computes where there are none."""
 
 from forebay_kernels.reference.attention import (
     append_kv,
