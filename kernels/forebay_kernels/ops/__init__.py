@@ -1,5 +1,6 @@
 """The operations as the engine calls them. Each is `torch.ops.forebay.<name>` too."""
 
+from forebay_kernels.ops.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import (
@@ -7,7 +8,6 @@ from forebay_kernels.reference import (
     paged_decode,
     paged_prefill,
     rotary_embedding,
-    silu_and_mul,
 )
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "silu_and_mul_quant",
 ]

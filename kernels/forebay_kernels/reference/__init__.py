@@ -1,12 +1,12 @@
 """The operations in plain torch, for every device and dtype: what kernels are compared with, and
 what computes where there are none."""
 
+from forebay_kernels.reference.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.reference.attention import (
     append_kv,
     paged_decode,
     paged_prefill,
     rotary_embedding,
-    silu_and_mul,
 )
 from forebay_kernels.reference.fp8 import dequantise_groups, quantise_groups
 from forebay_kernels.reference.norm import add_rms_norm, add_rms_norm_quant, rms_norm
@@ -22,4 +22,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "silu_and_mul_quant",
 ]
