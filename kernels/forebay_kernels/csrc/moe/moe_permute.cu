@@ -24,13 +24,13 @@ __global__ void __launch_bounds__(kTileThreads) moe_permute_kernel(MoePermutePar
   Bytes values[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int64_t at = place.pack + i * tiling.lanes;
+    const int64_t at = place.pack + i * tiling.lanes();
     values[i] = Bytes{};
     if (filled && at < packs) values[i] = from[at];
   }
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int64_t at = place.pack + i * tiling.lanes;
+    const int64_t at = place.pack + i * tiling.lanes();
     if (at < packs) to[at] = values[i];
   }
 }

@@ -5,7 +5,7 @@
 namespace forebay {
 namespace {
 
-constexpr int kAtOnce = 8;  // experts whose rows are being read
+constexpr int kAtOnce = 4;  // experts whose rows are being read
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) moe_unpermute_kernel(MoeUnpermuteParams p,
@@ -26,16 +26,21 @@ __global__ void __launch_bounds__(kTileThreads) moe_unpermute_kernel(MoeUnpermut
     for (int j = 0; j < N; ++j) sums[j] = to_float(own.values[j]);
   }
   for (int k = 0; k < p.top_k; k += kAtOnce) {
-    Values values[kAtOnce];
+    int32_t slots[kAtOnce];
     float factors[kAtOnce];
     bool present[kAtOnce];
+    Values values[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t row = k + i < p.top_k ? rows[k + i] : -1;
-      present[i] = row >= 0 && row < p.slots;
+      const int inside = k + i < p.top_k ? k + i : p.top_k - 1;
+      slots[i] = rows[inside];
+      factors[i] = weights[inside];
+      present[i] = k + i < p.top_k && slots[i] >= 0 && slots[i] < p.slots;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
       if (!present[i]) continue;
-      factors[i] = weights[k + i];
-      const T* y = static_cast<const T*>(p.y) + row * p.y_stride;
+      const T* y = static_cast<const T*>(p.y) + slots[i] * p.y_stride;
       values[i] = reinterpret_cast<const Values*>(y)[place.pack];
     }
 #pragma unroll
