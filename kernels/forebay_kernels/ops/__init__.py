@@ -1,6 +1,7 @@
 """The operations as the engine calls them. Each is `torch.ops.forebay.<name>` too."""
 
 from forebay_kernels.ops.activation import silu_and_mul, silu_and_mul_quant
+from forebay_kernels.ops.moe import moe_align, moe_permute, moe_route, moe_unpermute
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import (
@@ -16,6 +17,10 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quant",
     "append_kv",
+    "moe_align",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "paged_decode",
     "paged_prefill",
     "rms_norm",

@@ -9,6 +9,13 @@ from forebay_kernels.reference.attention import (
     rotary_embedding,
 )
 from forebay_kernels.reference.fp8 import dequantise_groups, quantise_groups
+from forebay_kernels.reference.moe import (
+    moe_align,
+    moe_permute,
+    moe_route,
+    moe_unpermute,
+    num_slots,
+)
 from forebay_kernels.reference.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 
 __all__ = [
@@ -16,6 +23,11 @@ __all__ = [
     "add_rms_norm_quant",
     "append_kv",
     "dequantise_groups",
+    "moe_align",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
+    "num_slots",
     "paged_decode",
     "paged_prefill",
     "quantise_groups",
