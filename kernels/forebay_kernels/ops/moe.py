@@ -141,10 +141,12 @@ def _moe_align_meta(ids: Tensor, num_experts: int, multiple: int) -> tuple[Tenso
     op = "moe_align"
     check_tensor(op, "ids", ids, dtypes=(torch.int32,), shape=(None, None), device=ids.device)
     require(ids.is_contiguous(), op, "ids", f"strides {ids.stride()}: it has gaps")
-    require(num_experts > 0, op, "num_experts", f"{num_experts} is not positive")
-    require(multiple > 0, op, "multiple", f"{multiple} is not positive")
+    for name, number in (("num_experts", num_experts), ("multiple", multiple)):
+        require(0 < number < 2**31, op, name, f"{number} is not in [1, 2^31)")
     slots = reference.num_slots(ids.numel(), num_experts, multiple)
-    require(slots < 2**31, op, "ids", f"{ids.numel()} choices need {slots} rows, more than int32")
+    require(
+        slots + multiple <= 2**31, op, "ids", f"{ids.numel()} choices need {slots} rows, past int32"
+    )
     return ids.new_empty(slots), ids.new_empty(num_experts + 1), ids.new_empty(ids.numel())
 
 
@@ -176,7 +178,7 @@ def _moe_permute_meta(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     check_aligned(op, "x", x)
     check_tensor(op, "order", order, dtypes=(torch.int32,), shape=(None,), device=x.device)
     require(order.is_contiguous(), op, "order", f"strides {order.stride()}: it has gaps")
-    require(top_k > 0, op, "top_k", f"{top_k} is not positive")
+    require(0 < top_k < 2**31, op, "top_k", f"{top_k} is not in [1, 2^31)")
     return x.new_empty(order.numel(), x.shape[1])
 
 
