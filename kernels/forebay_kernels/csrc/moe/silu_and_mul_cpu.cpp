@@ -9,7 +9,7 @@ namespace forebay {
 namespace {
 
 constexpr int64_t kStretch = 128;
-constexpr int64_t kBytesEach = 8;  // that could be copied in the time a value takes
+constexpr int64_t kBytesEach = 4;  // that could be copied in the time a value takes
 
 // silu(gate) * up of `count` values, at most kStretch. Two loops, because compilers make poor code
 // of the two bounds together.
