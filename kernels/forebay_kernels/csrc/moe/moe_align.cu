@@ -16,8 +16,8 @@ struct Stretch {
   int64_t begin, end;
 
   __device__ __forceinline__ explicit Stretch(const MoeAlignParams& p) {
-    const int64_t rounds = (p.choices + int64_t(p.num_blocks) * kThreads - 1) /
-                           (int64_t(p.num_blocks) * kThreads);
+    const int64_t rounds =
+        (p.choices + int64_t(p.num_blocks) * kThreads - 1) / (int64_t(p.num_blocks) * kThreads);
     const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     begin = warp * rounds * 32;
     end = begin + rounds * 32 < p.choices ? begin + rounds * 32 : p.choices;
@@ -81,8 +81,8 @@ __device__ __forceinline__ int sum_up_to_here(int value, int* scratch, int* tota
 __global__ void __launch_bounds__(kThreads) moe_place_kernel(MoeAlignParams p) {
   FOREBAY_DYNAMIC_SHARED(shared);
   __shared__ int scratch[32];
-  __shared__ int starts[kMaxExperts];  // an expert's first row
-  __shared__ int ends[kMaxExperts];    // and the one after its last choice
+  __shared__ int starts[kMaxExperts];          // an expert's first row
+  __shared__ int ends[kMaxExperts];            // and the one after its last choice
   int* next = reinterpret_cast<int*>(shared);  // per warp and expert: the row of its next choice
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int experts = p.num_experts, expert = int(threadIdx.x);
@@ -158,8 +158,7 @@ extern "C" int forebay_moe_align(const MoeAlignParams* params, void* stream) {
   const size_t shared_bytes = sizeof(int) * kWarps * size_t(p.num_experts);
   const dim3 blocks{unsigned(p.num_blocks)};
   if (p.num_blocks > 1) {
-    const int status =
-        launch(&moe_count_kernel, blocks, dim3(kThreads), shared_bytes, stream, p);
+    const int status = launch(&moe_count_kernel, blocks, dim3(kThreads), shared_bytes, stream, p);
     if (status != FOREBAY_OK) return status;
   }
   return launch(&moe_place_kernel, blocks, dim3(kThreads), shared_bytes, stream, p);

@@ -8,8 +8,8 @@ namespace {
 constexpr int kPacks = 4;  // a thread's
 
 template <int kBytes>
-__global__ void __launch_bounds__(kTileThreads) moe_permute_kernel(MoePermuteParams p,
-                                                                   Tiling tiling) {
+__global__ void __launch_bounds__(kTileThreads)
+    moe_permute_kernel(MoePermuteParams p, Tiling tiling) {
   using Bytes = Pack<uint32_t, kBytes / 4>;
   const Place place(tiling, kPacks);
   if (place.row >= p.slots) return;
@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kTileThreads) moe_permute_kernel(MoePermutePar
   const bool filled = choice >= 0 && token < p.tokens;
   const Bytes* from = reinterpret_cast<const Bytes*>(static_cast<const unsigned char*>(p.x) +
                                                      (filled ? token : 0) * p.x_stride_bytes);
-  Bytes* to = reinterpret_cast<Bytes*>(static_cast<unsigned char*>(p.out) +
-                                       place.row * p.row_bytes);
+  Bytes* to =
+      reinterpret_cast<Bytes*>(static_cast<unsigned char*>(p.out) + place.row * p.row_bytes);
   Bytes values[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {

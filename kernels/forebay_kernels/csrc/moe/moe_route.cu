@@ -28,31 +28,33 @@ struct Best {
   }
 };
 
-template <class T, int kValues>
-__global__ void __launch_bounds__(128) moe_route_kernel(MoeRouteParams p, int lanes) {
-  const int lane = int(threadIdx.x) % kLanes;
-  const int64_t token = int64_t(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
-  if (token >= p.tokens) return;
-  const int group_size = p.num_experts / p.num_groups;
-  const int group = lane / lanes, member = lane % lanes;
-  const int first_expert = group * group_size + member;
-  const T* logits = static_cast<const T*>(p.logits) + token * p.logits_stride;
-  const float* bias = static_cast<const float*>(p.bias);
-
+// A lane's experts. All loops over them unroll, so that they stay in registers.
+template <int kValues>
+struct Experts {
+  int lanes, group, member, first;  // expert i is number first + i * lanes
   float scores[kValues];
-  uint32_t ranks[kValues];  // of the score with the bias; 0: not, or no longer, to be had
+  uint32_t ranks[kValues];  // of the scores with bias; 0: not, or no longer, to be had
+
+  template <class T>
+  __device__ __forceinline__ Experts(const MoeRouteParams& p, int lanes_, const T* logits)
+      : lanes(lanes_) {
+    const int lane = int(threadIdx.x) % kLanes, group_size = p.num_experts / p.num_groups;
+    group = lane / lanes;
+    member = lane % lanes;
+    first = group * group_size + member;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    const bool inside = group < p.num_groups && member + i * lanes < group_size;
-    scores[i] = inside ? to_float(logits[first_expert + i * lanes]) : 0.0f;
-    ranks[i] = inside ? 1 : 0;
+    for (int i = 0; i < kValues; ++i) {
+      const bool inside = group < p.num_groups && member + i * lanes < group_size;
+      scores[i] = inside ? to_float(logits[first + i * lanes]) : 0.0f;
+      ranks[i] = inside ? 1 : 0;
+    }
   }
-  if (p.softmax) {
+
+  __device__ __forceinline__ void apply_softmax() {
     uint32_t top = 0;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if (ranks[i] == 0) continue;
-      const uint32_t rank = rank_of(scores[i]);
+      const uint32_t rank = ranks[i] == 0 ? 0 : rank_of(scores[i]);
       top = rank > top ? rank : top;
     }
     const float largest = score_of(__reduce_max_sync(kAllLanes, top));
@@ -67,19 +69,23 @@ __global__ void __launch_bounds__(128) moe_route_kernel(MoeRouteParams p, int la
       sum = rounded_sum(sum, __shfl_xor_sync(kAllLanes, sum, step));
 #pragma unroll
     for (int i = 0; i < kValues; ++i) scores[i] = rounded_quotient(scores[i], sum);
-  } else {
+  }
+
+  __device__ __forceinline__ void apply_sigmoid() {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) scores[i] = sigmoid(scores[i]);
   }
+
+  __device__ __forceinline__ void rank(const float* bias) {
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    if (ranks[i] == 0) continue;
-    const float biased =
-        bias == nullptr ? scores[i] : rounded_sum(scores[i], bias[first_expert + i * lanes]);
-    ranks[i] = rank_of(biased);
+    for (int i = 0; i < kValues; ++i) {
+      if (ranks[i] == 0) continue;
+      const bool biased = bias != nullptr;
+      ranks[i] = rank_of(biased ? rounded_sum(scores[i], bias[first + i * lanes]) : scores[i]);
+    }
   }
 
-  if (p.topk_groups < p.num_groups) {
+  __device__ __forceinline__ void drop_groups(const MoeRouteParams& p) {
     Best best;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) best.add(ranks[i]);
@@ -94,11 +100,8 @@ __global__ void __launch_bounds__(128) moe_route_kernel(MoeRouteParams p, int la
     for (int i = 0; i < kValues; ++i) ranks[i] = better < p.topk_groups ? ranks[i] : 0;
   }
 
-  float* weights = static_cast<float*>(p.weights) + token * p.top_k;
-  int32_t* ids = static_cast<int32_t*>(p.ids) + token * p.top_k;
-  float sum = 0.0f, weight = 0.0f;
-  int32_t id = 0;
-  for (int k = 0; k < p.top_k; ++k) {
+  // Of all lanes: the number of the best expert, which is no longer to be had then, and its score.
+  __device__ __forceinline__ int32_t take_best(float* its_score) {
     uint32_t rank = 0;
     float score = 0.0f;
     int at = 0;
@@ -109,19 +112,41 @@ __global__ void __launch_bounds__(128) moe_route_kernel(MoeRouteParams p, int la
       score = scores[i];
       at = i;
     }
-    const uint32_t expert = uint32_t(first_expert + at * lanes);
+    const uint32_t expert = uint32_t(first + at * lanes);
     const uint32_t top = __reduce_max_sync(kAllLanes, rank);
     const uint32_t chosen = __reduce_min_sync(kAllLanes, rank == top ? expert : kNobody);
     const bool winner = rank == top && expert == chosen;
     const int owner = __ffs(int(__ballot_sync(kAllLanes, winner))) - 1;
-    const float its_score = __shfl_sync(kAllLanes, score, owner);
-    sum = rounded_sum(sum, its_score);
+    *its_score = __shfl_sync(kAllLanes, score, owner);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) ranks[i] = winner && i == at ? 0 : ranks[i];
-    if (k % kLanes == lane) {
-      id = int32_t(chosen);
-      weight = its_score;
-    }
+    return int32_t(chosen);
+  }
+};
+
+template <class T, int kValues>
+__global__ void __launch_bounds__(128) moe_route_kernel(MoeRouteParams p, int lanes) {
+  const int lane = int(threadIdx.x) % kLanes;
+  const int64_t token = int64_t(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  if (token >= p.tokens) return;
+  Experts<kValues> experts(p, lanes, static_cast<const T*>(p.logits) + token * p.logits_stride);
+  if (p.softmax)
+    experts.apply_softmax();
+  else
+    experts.apply_sigmoid();
+  experts.rank(static_cast<const float*>(p.bias));
+  if (p.topk_groups < p.num_groups) experts.drop_groups(p);
+
+  float* weights = static_cast<float*>(p.weights) + token * p.top_k;
+  int32_t* ids = static_cast<int32_t*>(p.ids) + token * p.top_k;
+  float sum = 0.0f, weight = 0.0f;  // lane k % 32 keeps the k-th
+  int32_t id = 0;
+  for (int k = 0; k < p.top_k; ++k) {
+    float score;
+    const int32_t chosen = experts.take_best(&score);
+    sum = rounded_sum(sum, score);
+    id = k % kLanes == lane ? chosen : id;
+    weight = k % kLanes == lane ? score : weight;
     if (k % kLanes == kLanes - 1 && k + 1 < p.top_k) {
       ids[k - (kLanes - 1) + lane] = id;
       weights[k - (kLanes - 1) + lane] = weight;

@@ -8,8 +8,8 @@ namespace {
 constexpr int kAtOnce = 4;  // experts whose rows are being read
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) moe_unpermute_kernel(MoeUnpermuteParams p,
-                                                                     Tiling tiling) {
+__global__ void __launch_bounds__(kTileThreads)
+    moe_unpermute_kernel(MoeUnpermuteParams p, Tiling tiling) {
   constexpr int N = 16 / sizeof(T);
   using Values = Pack<T, N>;
   const Place place(tiling, 1);
@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kTileThreads) moe_unpermute_kernel(MoeUnpermut
       if (!present[i]) continue;
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        sums[j] =
-            rounded_sum(sums[j], rounded_product(factors[i], to_float(values[i].values[j])));
+        sums[j] = rounded_sum(sums[j], rounded_product(factors[i], to_float(values[i].values[j])));
     }
   }
   Values out;

@@ -37,8 +37,8 @@ struct Share {
 };
 
 template <class T, bool kQuantise>
-__global__ void __launch_bounds__(kTileThreads) silu_and_mul_kernel(SiluAndMulParams p,
-                                                                    Tiling tiling) {
+__global__ void __launch_bounds__(kTileThreads)
+    silu_and_mul_kernel(SiluAndMulParams p, Tiling tiling) {
   using S = Share<T, kQuantise>;
   constexpr int kUnits = S::kUnits, kPacks = S::kPacks, kPack = S::kPack, kValues = S::kValues;
   using Values = Pack<T, kPack>;

@@ -65,11 +65,10 @@ extern "C" int forebay_silu_and_mul(const SiluAndMulParams* params, void*) {
   if (p.scales != nullptr && p.group != kStretch) return FOREBAY_UNSUPPORTED;
   return with_float_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for(p.rows, p.width * kBytesEach, p.num_threads,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t row = begin; row < end; ++row)
-                     p.scales == nullptr ? activate_row<T>(p, row) : quantise_row<T>(p, row);
-                 });
+    parallel_for(p.rows, p.width * kBytesEach, p.num_threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        p.scales == nullptr ? activate_row<T>(p, row) : quantise_row<T>(p, row);
+    });
     return int(FOREBAY_OK);
   });
 }
