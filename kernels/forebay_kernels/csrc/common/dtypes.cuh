@@ -1,7 +1,8 @@
 // Numbers of 8 and 16 bits, and how they are read, rounded and written: to nearest, ties to even.
 //
 // On a GPU the conversions are the chip's own; elsewhere they are integer code with the same
-// results, so that host-compiled kernels and CPU twins give the bits that a GPU gives.
+// results, so that host-compiled kernels and CPU twins give the bits that a GPU gives. What a NaN is
+// rounded to is the chip's one NaN: all bits but the sign.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -97,10 +98,13 @@ FOREBAY_DEVICE float from_float<float>(float value) {
 
 template <>
 FOREBAY_DEVICE bf16 from_float<bf16>(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const uint32_t nan = bits >> 16 | 0x40;
-  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
+  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded)};
+#endif
 }
 
 template <>
@@ -115,15 +119,14 @@ FOREBAY_DEVICE f16 from_float<f16>(float value) {
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   uint32_t out = magnitude < 0x38800000 ? small : normal;
   out = magnitude >= 0x47800000 ? 0x7c00 : out;
-  out = magnitude > 0x7f800000 ? 0x7e00 : out;
-  return {uint16_t(sign | out)};
+  return {uint16_t(magnitude > 0x7f800000 ? 0x7fff : sign | out)};
 #endif
 }
 
 // Beyond 448 the largest finite number, NaN stays NaN.
 template <>
 FOREBAY_DEVICE e4m3 from_float<e4m3>(float value) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   return {uint8_t(__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3))};
 #else
   const uint32_t bits = float_bits(value);
@@ -132,8 +135,7 @@ FOREBAY_DEVICE e4m3 from_float<e4m3>(float value) {
   const uint32_t normal = (magnitude - 0x3c000000 + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
   uint32_t out = magnitude < 0x3c800000 ? small : normal;
   out = magnitude >= 0x43e00000 ? 0x7e : out;
-  out = magnitude > 0x7f800000 ? 0x7f : out;
-  return {uint8_t(sign | out)};
+  return {uint8_t(magnitude > 0x7f800000 ? 0x7f : sign | out)};
 #endif
 }
 
