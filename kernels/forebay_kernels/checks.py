@@ -47,5 +47,19 @@ def check_tensor(
 
 def check_aligned(op: str, argument: str, tensor: Tensor) -> None:
     """The first element to 16 bytes: kernels read and write that much at once."""
-    if tensor.device.type != "meta" and tensor.data_ptr() % 16 != 0:
-        raise ArgumentError(op, argument, "does not begin at a multiple of 16 bytes")
+    require(is_aligned(tensor), op, argument, "does not begin at a multiple of 16 bytes")
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.data_ptr() % 16 == 0
+
+
+def plain(tensor: Tensor, like: Tensor) -> bool:
+    """Whether nothing can be wrong with the tensor but its shape and values: of like's dtype, on
+    its device, without gaps, aligned. A quick look before the checks that find what is wrong."""
+    return (
+        tensor.dtype is like.dtype
+        and tensor.device == like.device
+        and tensor.is_contiguous()
+        and is_aligned(tensor)
+    )

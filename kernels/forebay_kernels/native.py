@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from forebay_kernels.build import VARIANTS, BuildError, build, cpu_isas, library_path
 from forebay_kernels.params import constants, structs
@@ -47,6 +48,10 @@ class Library:
     def call(self, op: str, stream: int = 0, /, **fields: int | float | None) -> bool:
         """Fields of the op's struct by name; pointers as integers, None for null, absent ones 0.
         False when the op does not support what it was given. Raises KernelError."""
+        return self.start(op, stream, fields)
+
+    def start(self, op: str, stream: int, fields: dict[str, int | float | None]) -> bool:
+        """As `call`, for callers that have the fields in a dictionary."""
         entry = self._entries.get(op)
         if entry is None:
             function = getattr(self._library, f"forebay_{op}")
@@ -83,6 +88,7 @@ class Libraries:
     def __init__(self) -> None:
         self._cache_dir: Path | None = None
         self._chosen: dict[str, Library | None] = {}
+        self._of_device: dict[torch.device, Library | None] = {}
 
     def keep_in(self, cache_dir: Path) -> None:
         """Where libraries are kept, for those that have not been chosen yet."""
@@ -91,6 +97,14 @@ class Libraries:
     def use(self, device_type: str, library: Library | None) -> None:
         """Instead of the choice by itself; None: plain torch."""
         self._chosen[device_type] = library
+        self._of_device.clear()
+
+    def of_device(self, device: torch.device) -> Library | None:
+        """As `of` its type, for every call of an op."""
+        try:
+            return self._of_device[device]
+        except KeyError:
+            return self._of_device.setdefault(device, self.of(device.type))
 
     def of(self, device_type: str) -> Library | None:
         try:
@@ -123,14 +137,21 @@ def best_isa() -> str:
 def call(op: str, device: torch.device, /, **fields: int | float | None) -> bool:
     """On the device's current stream. False when there is no library, or it does not support what
     it was given: the caller computes with torch. Raises KernelError."""
-    library = libraries.of(device.type)
+    library = libraries.of_device(device)
     if library is None:
         return False
-    if device.type == "cuda":
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        with torch.cuda.device(index):
-            return library.call(op, torch.cuda.current_stream().cuda_stream, **fields)
-    return library.call(op, 0, **fields)
+    if library.variant != "cuda":
+        return library.start(op, 0, fields)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        return library.start(op, stream, fields)
+    with torch.cuda.device(device):
+        return library.start(op, stream, fields)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of an argument that may be missing."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def built(variant: str, cache_dir: Path) -> bool:

@@ -115,3 +115,89 @@ struct SiluAndMulParams {
   int32_t group;
   int32_t num_threads;  // CPU only
 };
+
+// ---- What follows the q, k and v projections.
+
+// Queries and keys of every token are normed head by head (where weights are given) and rotated;
+// keys and values go to the token's slot of the paged caches. A slot outside the cache writes
+// nothing. E4M3 caches hold e4m3(value * (1 / scale)), both operations rounded as floats.
+struct QkvPostParams {
+  const void* qkv;       // dtype [tokens, num_q_heads + 2 * num_kv_heads, head_dim]
+  const void* cos;       // float [tokens, rotated / 2]
+  const void* sin;       // float [tokens, rotated / 2]
+  const void* slots;     // int64_t [tokens]: block * block_size + offset
+  const void* q_weight;  // dtype [head_dim], or null: queries are not normed
+  const void* k_weight;  // dtype [head_dim], or null: keys are not normed
+  const void* k_scale;   // float [1], or null: 1
+  const void* v_scale;   // float [1], or null: 1
+  void* q;               // dtype [tokens, num_q_heads, head_dim]
+  void* k_cache;         // dtype or E4M3 [num_blocks, block_size, num_kv_heads, head_dim]
+  void* v_cache;         // like k_cache
+  int64_t tokens;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t token_stride;  // of qkv
+  int64_t head_stride;
+  int64_t k_block_stride;
+  int64_t k_slot_stride;
+  int64_t k_head_stride;
+  int64_t v_block_stride;
+  int64_t v_slot_stride;
+  int64_t v_head_stride;
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t rotated;      // leading values of a head that are rotated
+  int32_t interleaved;  // pairs (2i, 2i + 1), else (i, i + rotated / 2)
+  int32_t dtype;
+  int32_t cache_dtype;
+  int32_t num_threads;  // CPU only
+  float eps;
+};
+
+// Latent attention: the cache's row of a token is its normed latent, then its rotated key part.
+struct MlaPostParams {
+  const void* kv;      // dtype [tokens, latent + rotated], rows kv_stride apart
+  const void* q_pe;    // dtype [tokens, num_heads, rotated]
+  const void* weight;  // dtype [latent]
+  const void* cos;     // float [tokens, rotated / 2]
+  const void* sin;     // float [tokens, rotated / 2]
+  const void* slots;   // int64_t [tokens]
+  const void* scale;   // float [1], or null: 1
+  void* out;           // dtype [tokens, num_heads, rotated]: q_pe rotated
+  void* cache;         // dtype or E4M3 [num_blocks, block_size, latent + rotated]
+  int64_t tokens;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t kv_stride;
+  int64_t token_stride;  // of q_pe
+  int64_t head_stride;   // of q_pe
+  int64_t block_stride;
+  int64_t slot_stride;
+  int32_t num_heads;
+  int32_t latent;
+  int32_t rotated;
+  int32_t interleaved;
+  int32_t dtype;
+  int32_t cache_dtype;
+  int32_t num_threads;  // CPU only
+  float eps;
+};
+
+// ---- Attention.
+
+// Partial attentions over disjoint keys become one: out = sum(exp(lses - lse) * outs) over the
+// parts, lse = log(sum(exp(lses))). A part with an lse of -inf is not looked at.
+struct MergeLseParams {
+  const void* outs;  // dtype [parts, rows, width], parts outs_stride apart
+  const void* lses;  // float [parts, rows], parts lses_stride apart
+  void* out;         // dtype [rows, width]
+  void* lse;         // float [rows]
+  int64_t parts;
+  int64_t rows;  // tokens * heads
+  int64_t width;
+  int64_t outs_stride;
+  int64_t lses_stride;
+  int32_t dtype;
+  int32_t num_threads;  // CPU only
+};

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from forebay_kernels import native, reference
-from forebay_kernels.checks import FLOATS, check_aligned, check_tensor, require
+from forebay_kernels.checks import FLOATS, check_aligned, check_tensor, plain, require
 from forebay_kernels.registry import register
 
 FP8_GROUP = 128
@@ -14,6 +14,25 @@ FP8_GROUP = 128
 
 
 def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
+    if not _is_plain(x, residual, weight, eps):
+        _check_each(op, x, residual, weight, eps)
+
+
+def _is_plain(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> bool:
+    shape = x.shape
+    return (
+        x.dtype in FLOATS
+        and len(shape) == 2
+        and shape[1:] == weight.shape
+        and shape[1] > 0
+        and plain(x, x)
+        and plain(weight, x)
+        and (residual is None or (residual.shape == shape and plain(residual, x)))
+        and eps >= 0.0
+    )
+
+
+def _check_each(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> None:
     check_tensor(op, "x", x, dtypes=FLOATS, shape=(None, None), device=x.device)
     width = x.shape[1]
     require(width > 0, op, "x", "rows are empty")
@@ -38,17 +57,18 @@ def _call(
     out: Tensor,
     scales: Tensor | None,
 ) -> bool:
+    rows, width = x.shape
     return native.call(
         "add_rms_norm",
         x.device,
         x=x.data_ptr(),
-        residual=None if residual is None else residual.data_ptr(),
+        residual=native.address(residual),
         weight=weight.data_ptr(),
-        total=None if total is None else total.data_ptr(),
+        total=native.address(total),
         out=out.data_ptr(),
-        scales=None if scales is None else scales.data_ptr(),
-        rows=x.shape[0],
-        width=x.shape[1],
+        scales=native.address(scales),
+        rows=rows,
+        width=width,
         x_stride=x.stride(0),
         residual_stride=0 if residual is None else residual.stride(0),
         dtype=native.DTYPE_CODES[x.dtype],
@@ -60,7 +80,7 @@ def _call(
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check("rms_norm", x, None, weight, eps)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = _rows_like(x)
     if not _call(x, None, weight, eps, None, out, None):
         return reference.rms_norm(x, weight, eps)
     return out
@@ -68,7 +88,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check("add_rms_norm", x, residual, weight, eps)
-    out, total = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(x)
+    out, total = _rows_like(x), _rows_like(x)
     if not _call(x, residual, weight, eps, total, out, None):
         return reference.add_rms_norm(x, residual, weight, eps)
     return out, total
@@ -89,13 +109,18 @@ def _quant_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device),
         torch.empty((rows, -(-width // FP8_GROUP)), dtype=torch.float32, device=x.device),
-        torch.empty((rows, width), dtype=x.dtype, device=x.device),
+        _rows_like(x),
     )
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    """Uninitialised, rows one after another whatever lies between those of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check("rms_norm", x, None, weight, eps)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _rows_like(x)
 
 
 def _add_rms_norm_meta(

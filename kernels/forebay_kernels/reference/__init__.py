@@ -2,12 +2,7 @@
 what computes where there are none."""
 
 from forebay_kernels.reference.activation import silu_and_mul, silu_and_mul_quant
-from forebay_kernels.reference.attention import (
-    append_kv,
-    paged_decode,
-    paged_prefill,
-    rotary_embedding,
-)
+from forebay_kernels.reference.attention import merge_lse, paged_decode, paged_prefill
 from forebay_kernels.reference.fp8 import dequantise_groups, quantise_groups
 from forebay_kernels.reference.moe import (
     moe_align,
@@ -17,12 +12,14 @@ from forebay_kernels.reference.moe import (
     num_slots,
 )
 from forebay_kernels.reference.norm import add_rms_norm, add_rms_norm_quant, rms_norm
+from forebay_kernels.reference.qkv import mla_post, qkv_post
 
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_quant",
-    "append_kv",
     "dequantise_groups",
+    "merge_lse",
+    "mla_post",
     "moe_align",
     "moe_permute",
     "moe_route",
@@ -30,9 +27,9 @@ __all__ = [
     "num_slots",
     "paged_decode",
     "paged_prefill",
+    "qkv_post",
     "quantise_groups",
     "rms_norm",
-    "rotary_embedding",
     "silu_and_mul",
     "silu_and_mul_quant",
 ]

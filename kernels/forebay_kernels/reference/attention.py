@@ -14,34 +14,6 @@ from torch import Tensor
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 
 
-def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + D/2]) of every head.
-
-    x: [T, H, D], any strides; cos, sin: fp32 [T, D/2], of each token's position times each
-    frequency. Returns a new contiguous [T, H, D] in x's dtype.
-    """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
-
-
-def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Writes k[t] and v[t] (both [T, Hkv, D], any strides) to slot slot_mapping[t].
-
-    slot_mapping: int64 [T]; slot = block id * block_size + offset; -1 writes nothing. Caches are
-    views whose blocks and slots are contiguous.
-    """
-    if bool((slot_mapping < 0).any()):
-        kept = slot_mapping >= 0
-        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
-
-
 def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan) -> Tensor:
     """One query per sequence over its cached keys and values, scaled by D ** -0.5.
 
@@ -80,3 +52,16 @@ def paged_prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: PrefillPlan
     grouped = q.reshape(num_tokens, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=plan.mask)
     return out.permute(2, 1, 0, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def merge_lse(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """outs: [S, T, H, D]; lses: fp32 [S, T, H]. Sums in fp32, in the order of the parts."""
+    seen = lses != -torch.inf
+    base = lses.amax(0)
+    weights = torch.where(seen, (lses - torch.where(base == -torch.inf, 0.0, base)).exp(), 0.0)
+    total, out = torch.zeros_like(base), torch.zeros(outs.shape[1:], device=outs.device)
+    for part, weight in zip(outs, weights, strict=True):
+        total += weight
+        out += torch.where(weight[..., None] == 0.0, 0.0, weight[..., None] * part.float())
+    factor = torch.where(total == 0.0, 0.0, 1.0 / total)
+    return (out * factor[..., None]).to(outs.dtype), base + total.log()

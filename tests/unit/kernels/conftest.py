@@ -23,3 +23,13 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     libraries.use("cpu", None if name == "torch" else native.load(name))
     yield name
     libraries.use("cpu", kept)
+
+
+@pytest.fixture
+def host_library() -> Iterator[native.Library]:
+    """The CUDA sources over the shim, for a test that is of no other implementation."""
+    kept, library = libraries.of("cpu"), native.load("host")
+    libraries.use("cpu", library)
+    yield library
+    library.order_threads(0)
+    libraries.use("cpu", kept)

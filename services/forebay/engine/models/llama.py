@@ -81,7 +81,8 @@ class LlamaModel:
             hidden, residual = ops.add_rms_norm(update, residual, layer.mlp_norm, eps)
             update = layer.down(ops.silu_and_mul(layer.gate_up(hidden)))
         rows = inputs.sample_rows
-        return ops.rms_norm(update[rows] + residual[rows], self._norm, eps)
+        hidden, _ = ops.add_rms_norm(update[rows], residual[rows], self._norm, eps)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> fp32 [R, vocab_size]."""
@@ -95,12 +96,8 @@ class LlamaModel:
         caches: tuple[Tensor, Tensor],
         inputs: StepInputs,
     ) -> Tensor:
-        config = self.config
-        num_rotated = config.num_heads + config.num_kv_heads
-        heads = layer.qkv(hidden).view(len(hidden), -1, config.head_dim)
-        rotated = ops.rotary_embedding(heads[:, :num_rotated], *rotation)
-        queries, keys = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
-        ops.append_kv(keys, heads[:, num_rotated:], *caches, inputs.slot_mapping)
+        heads = layer.qkv(hidden).view(len(hidden), -1, self.config.head_dim)
+        queries = ops.qkv_post(heads, *rotation, *caches, inputs.slot_mapping)
         outputs: list[Tensor] = []
         at = 0
         for decode in inputs.decode_plans:
