@@ -201,3 +201,34 @@ struct MergeLseParams {
   int32_t dtype;
   int32_t num_threads;  // CPU only
 };
+
+// ---- Sampling.
+
+// Per draw one id of a row of logits, and its log-probability; see ops/sampling.py.
+enum ForebaySample {
+  FOREBAY_SAMPLE_VOCAB = 1048576,     // ids of a row at most: sums of weights stay below 2^62
+  FOREBAY_SAMPLE_DRAWS = 256,         // that one launch of the kernels handles
+  FOREBAY_SAMPLE_WORKSPACE = 87040,   // bytes for each of them
+};
+
+struct SampleParams {
+  const void* logits;       // dtype [num_rows, vocab], rows row_stride apart
+  const void* rows;         // int32_t [draws]: of the logits; one out of range draws -1
+  const void* temperature;  // float [draws]; below 2^-64: the most probable id
+  const void* top_k;        // int32_t [draws]; below 1: all
+  const void* top_p;        // float [draws]; from 1: all
+  const void* min_p;        // float [draws]; up to 0: all
+  const void* seed;         // uint64_t [draws]
+  const void* choice;       // uint32_t [draws]
+  const void* position;     // uint32_t [draws]
+  const void* bitmask;      // uint32_t [num_rows, ceil(vocab / 32)], or null
+  void* token;              // int32_t [draws]
+  void* logprob;            // float [draws], or null: not wanted
+  void* workspace;  // FOREBAY_SAMPLE_WORKSPACE bytes for each of min(draws, FOREBAY_SAMPLE_DRAWS)
+  int64_t draws;
+  int64_t num_rows;
+  int64_t vocab;
+  int64_t row_stride;
+  int32_t dtype;
+  int32_t num_threads;  // CPU only
+};

@@ -6,6 +6,7 @@ from forebay_kernels.ops.mla import mla_post
 from forebay_kernels.ops.moe import moe_align, moe_permute, moe_route, moe_unpermute
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.ops.qkv import qkv_post
+from forebay_kernels.ops.sampling import sample
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import paged_decode, paged_prefill
 
@@ -24,6 +25,7 @@ __all__ = [
     "paged_prefill",
     "qkv_post",
     "rms_norm",
+    "sample",
     "silu_and_mul",
     "silu_and_mul_quant",
 ]

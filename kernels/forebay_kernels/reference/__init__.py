@@ -13,6 +13,7 @@ from forebay_kernels.reference.moe import (
 )
 from forebay_kernels.reference.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.reference.qkv import mla_post, qkv_post
+from forebay_kernels.reference.sampling import sample
 
 __all__ = [
     "add_rms_norm",
@@ -30,6 +31,7 @@ __all__ = [
     "qkv_post",
     "quantise_groups",
     "rms_norm",
+    "sample",
     "silu_and_mul",
     "silu_and_mul_quant",
 ]
