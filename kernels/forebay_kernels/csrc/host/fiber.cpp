@@ -1,12 +1,15 @@
 #include "host/fiber.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace forebay::host {
 namespace {
 
 thread_local Fiber* starting = nullptr;
 thread_local void (*starting_entry)() = nullptr;
+// Stacks of fibers that are gone: fresh ones cost more than a small kernel's run.
+thread_local std::vector<std::unique_ptr<unsigned char[]>> spare_stacks;
 
 }  // namespace
 
@@ -45,7 +48,15 @@ void Fiber::begin() {
   __builtin_trap();
 }
 
+Fiber::~Fiber() {
+  if (stack_) spare_stacks.push_back(std::move(stack_));
+}
+
 void Fiber::start(void (*entry)()) {
+  if (!stack_ && !spare_stacks.empty()) {
+    stack_ = std::move(spare_stacks.back());
+    spare_stacks.pop_back();
+  }
   if (!stack_) stack_.reset(new unsigned char[kStackBytes]);
   starting_entry = entry;
 #if defined(__x86_64__)

@@ -15,6 +15,9 @@ namespace forebay::host {
 class Fiber {
  public:
   static constexpr size_t kStackBytes = 64 * 1024;
+  Fiber() = default;
+  Fiber(Fiber&&) = default;
+  ~Fiber();
 
   // `entry` runs on the fiber's stack at the first resume() and must end with leave_for_good().
   void start(void (*entry)());
