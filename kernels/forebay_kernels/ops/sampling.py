@@ -169,9 +169,9 @@ def sample(
     bitmask: int32 [N, ceil(V / 32)]; an id whose bit (i % 32 of word i // 32) is 0 does not exist,
     nor does one with a logit of -inf.
 
-    Returns (token int32 [R], logprob fp32 [R], or [0] unless `logprobs`). logprob is the log-softmax
-    of the whole row as it was given, to about 3e-7. Token -1, logprob NaN: no id is possible, or
-    the row has a NaN or +inf. Raises ArgumentError.
+    Returns (token int32 [R], logprob fp32 [R], or [0] unless `logprobs`). logprob is the
+    log-softmax of the whole row as it was given, to about 3e-7 before it is rounded. Token -1,
+    logprob NaN: no id is possible, or the row has a NaN or +inf. Raises ArgumentError.
     """
     out: tuple[Tensor, Tensor] = _SAMPLE(
         logits, rows, temperature, top_k, top_p, min_p, seed, choice, position, bitmask, logprobs

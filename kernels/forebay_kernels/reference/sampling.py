@@ -164,9 +164,7 @@ def multiply_high(bits: Tensor, total: Tensor) -> Tensor:
     high, low = bits >> 32 & _LOW32, bits & _LOW32
     total_high, total_low = total >> 32, total & _LOW32
     middle = (
-        (low * total_low >> 32 & _LOW32)
-        + (low * total_high & _LOW32)
-        + (high * total_low & _LOW32)
+        (low * total_low >> 32 & _LOW32) + (low * total_high & _LOW32) + (high * total_low & _LOW32)
     )
     return (
         high * total_high

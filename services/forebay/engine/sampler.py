@@ -1,122 +1,174 @@
 """Sampling as a pure function of parameters, prompt, tokens so far, choice and logits.
 
-For each row, in fp64: penalties over the tokens, logit bias, temperature, min-p, top-k, top-p, then
-the inverse of the cumulative distribution over the kept token ids in ascending order at one draw
-of the counter-based generator. No state and no order of calls: prefill and decode worker, a
-migrated stream and a row in another batch give the same token for the same logits. Sums that
-decide anything are running sums, whose result does not depend on the number of threads.
+For each row: penalties over the tokens and logit bias, then the operation `sample`: temperature,
+min-p, top-k, top-p, and one draw of a counter-based generator whose key is the seed and whose
+counter is the choice and the position of the token. No state and no order of calls: prefill and
+decode worker, a migrated stream, a row in another batch and another kind of device give the same
+token for the same logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forebay.core.errors import InternalError
 from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import SampledToken, ScheduledSequence
-from forebay.engine.philox import uniform
+from forebay_kernels import ops
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+class _Draw(NamedTuple):
+    """row: of the logits; seed: modulo 2**64; position: of the token among the generated ones."""
+
+    seed: int
+    row: int
+    choice: int = 0
+    position: int = 0
+    top_k: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 def sample(logits: Tensor, sequences: Seq[ScheduledSequence]) -> list[tuple[SampledToken, ...]]:
-    """logits: fp32 [R, vocabulary], row i for sequences[i]; one token per entry of its choices.
+    """logits: fp32 or bf16 [R, vocabulary], row i for sequences[i]; one token per entry of its
+    choices. A logit of -inf is a token that cannot be.
 
-    Raises InternalError naming a row that is not finite: nothing sampled from it means anything.
+    Raises InternalError naming a row with a NaN, with +inf, or where no token can be: nothing
+    sampled from it means anything.
     """
-    _check_finite(logits)
-    results: list[tuple[SampledToken, ...] | None] = [None] * len(sequences)
-    plain = [i for i, sequence in enumerate(sequences) if _is_plain_greedy(sequence.params)]
-    if plain:
-        rows = logits if len(plain) == len(sequences) else logits[plain]
-        for i, token_id in zip(plain, rows.argmax(dim=-1).tolist(), strict=True):
-            results[i] = (SampledToken(token_id),) * len(sequences[i].choices)
-    return [
-        _sample_row(logits[i], sequence) if (tokens := results[i]) is None else tokens
-        for i, sequence in enumerate(sequences)
-    ]
+    adjusted = [i for i, item in enumerate(sequences) if _is_adjusted(item.params)]
+    plain = [i for i, item in enumerate(sequences) if not _is_adjusted(item.params)]
+    copies = _adjusted_rows(logits, [(i, sequences[i]) for i in adjusted])
+    token_ids: list[list[int]] = [[] for _ in sequences]
+    for rows, places, indices in (
+        (logits, plain, plain),
+        (copies, range(len(adjusted)), adjusted),
+    ):
+        drawn = _draw_all(rows, places, [sequences[i] for i in indices])
+        for i, ids in zip(indices, drawn, strict=True):
+            if -1 in ids:
+                raise InternalError(f"row {i} of {len(logits)}: the model's logits are not finite")
+            token_ids[i] = ids
+    results = [tuple(map(SampledToken, ids)) for ids in token_ids]
+    asking = [i for i, item in enumerate(sequences) if item.params.top_logprobs is not None]
+    for i, log_sum in zip(asking, _log_sums(logits, asking), strict=True):
+        num_top = sequences[i].params.top_logprobs or 0
+        results[i] = _with_logprobs(logits[i].float(), log_sum, token_ids[i], num_top)
+    return results
 
 
 def adjust(logits: Tensor, params: SamplingParams, tokens: Seq[int], num_prompt: int) -> Tensor:
-    """fp64 copy of a row [vocabulary] after penalties and bias.
+    """fp32 copy of a row [vocabulary] after penalties and bias, each touched logit in fp64.
 
     Repetition (over prompt and generated tokens) divides positive logits and multiplies negative
-    ones; frequency counts generated tokens; presence asks whether there is one.
+    ones; frequency counts generated tokens; presence asks whether there is one. Finite logits stay
+    finite.
     """
-    row = logits.to(torch.float64, copy=True)
-    if params.repetition_penalty != 1.0 and tokens:
-        ids = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=row.device)
-        seen = row[ids]
-        penalty = params.repetition_penalty
-        row[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
-    generated = tokens[num_prompt:]
-    if generated and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
-        ids, counts = torch.unique(
-            torch.tensor(generated, dtype=torch.int64, device=row.device), return_counts=True
-        )
-        row[ids] -= params.frequency_penalty * counts.double() + params.presence_penalty
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=row.device)
-        biases = list(params.logit_bias.values())
-        row[ids] += torch.tensor(biases, dtype=torch.float64, device=row.device)
+    row = logits.to(torch.float32, copy=True)
+    seen = np.asarray(tokens if params.repetition_penalty != 1.0 else (), dtype=np.int64)
+    generated = np.asarray(tokens[num_prompt:], dtype=np.int64)
+    biased = np.asarray(list(params.logit_bias), dtype=np.int64)
+    ids = np.unique(np.concatenate((seen, generated, biased)))
+    if len(ids) == 0:
+        return row
+    factors, offsets = np.ones(len(ids)), np.zeros(len(ids))
+    factors[np.searchsorted(ids, seen)] = params.repetition_penalty
+    counts = np.bincount(np.searchsorted(ids, generated), minlength=len(ids))
+    offsets -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    offsets[np.searchsorted(ids, biased)] += np.asarray(list(params.logit_bias.values()))
+    where = torch.from_numpy(ids).to(row.device)
+    factor, offset = torch.from_numpy(np.stack((factors, offsets))).to(row.device)
+    before = row[where].double()
+    after = torch.where(before > 0, before / factor, before * factor) + offset
+    after = torch.where(before.isfinite(), after.clamp(-_LARGEST, _LARGEST), before)
+    row[where] = after.float()
     return row
 
 
-def truncate(adjusted: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """(token ids ascending, unnormalised probabilities fp64) of what temperature, min-p, top-k
-    and top-p leave of an adjusted row; at least the most probable token. Among equal logits at
-    a boundary the lower ids stay."""
-    weights = torch.exp((adjusted - adjusted.max()) / params.temperature)
-    ids = torch.arange(len(adjusted), device=adjusted.device)
-    if params.min_p > 0.0:
-        ids = (weights >= params.min_p).nonzero()[:, 0]
-    if 0 < params.top_k < len(ids):
-        ids = ids[_largest(adjusted[ids], params.top_k)]
-    if params.top_p < 1.0:
-        ids = _nucleus(adjusted, weights, ids, params.top_p)
-    return ids, weights[ids]
+def _is_adjusted(params: SamplingParams) -> bool:
+    return params.has_penalties or bool(params.logit_bias)
 
 
-def _check_finite(logits: Tensor) -> None:
-    low, high = logits.aminmax(dim=-1)
-    finite = (low - high).isfinite()
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0, 0])
-        raise InternalError(f"row {row} of {len(logits)}: the model's logits are not finite")
+def _adjusted_rows(logits: Tensor, items: Seq[tuple[int, ScheduledSequence]]) -> Tensor:
+    rows = [
+        adjust(logits[i], item.params, item.tokens, item.num_prompt_tokens) for i, item in items
+    ]
+    return torch.stack(rows) if rows else logits[:0]
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
-    return (
-        params.greedy
-        and not params.has_penalties
-        and not params.logit_bias
-        and params.top_logprobs is None
-    )
+def _draw_all(logits: Tensor, rows: Seq[int], sequences: Seq[ScheduledSequence]) -> list[list[int]]:
+    """Per sequence the tokens of its choices, from its row of the logits; -1: it has none."""
+    draws = [
+        draw
+        for row, sequence in zip(rows, sequences, strict=True)
+        for draw in _draws(row, sequence)
+    ]
+    if not draws:
+        return [[] for _ in sequences]
+    tokens, _ = ops.sample(logits, *_as_tensors(draws, logits.device), logprobs=False)
+    drawn = iter(tokens.tolist())
+    return [[next(drawn) for _ in sequence.choices] for sequence in sequences]
 
 
-def _sample_row(logits: Tensor, sequence: ScheduledSequence) -> tuple[SampledToken, ...]:
+def _draws(row: int, sequence: ScheduledSequence) -> list[_Draw]:
     params = sequence.params
-    adjusted = adjust(logits, params, sequence.tokens, sequence.num_prompt_tokens)
+    position = len(sequence.tokens) - sequence.num_prompt_tokens
     if params.greedy:
-        token_ids = [int(adjusted.argmax())] * len(sequence.choices)
-    else:
-        position = len(sequence.tokens) - sequence.num_prompt_tokens
-        draws = [uniform(params.seed, choice, position) for choice in sequence.choices]
-        token_ids = _draw(*truncate(adjusted, params), draws)
-    if params.top_logprobs is None:
-        return tuple(SampledToken(token_id) for token_id in token_ids)
-    return _with_logprobs(logits, token_ids, params.top_logprobs)
+        return [_Draw(0, row) for _ in sequence.choices]
+    seed = params.seed & _MASK64
+    rest = (params.top_k, params.temperature, params.top_p, params.min_p)
+    return [_Draw(seed, row, choice, position, *rest) for choice in sequence.choices]
 
 
-def _draw(ids: Tensor, weights: Tensor, draws: Seq[float]) -> list[int]:
-    """The first id whose running sum exceeds draw * total; an id of weight 0 never does. Draws are
-    at most 1 - 2**-53, for which the rounded product is below the total."""
-    running = weights.cumsum(0)
-    targets = torch.tensor(draws, dtype=torch.float64, device=running.device) * running[-1]
-    indices = torch.searchsorted(running, targets, right=True)
-    drawn: list[int] = ids[indices].tolist()
-    return drawn
+def _as_tensors(draws: Seq[_Draw], device: torch.device) -> tuple[Tensor, ...]:
+    """The settings in the order of `ops.sample`, sent to the device as one tensor."""
+    columns = list(zip(*draws, strict=True))
+    count = len(draws)
+    packed = np.empty(9 * count, dtype=np.int32)
+    packed[: 2 * count].view(np.uint64)[:] = np.array(columns[0], dtype=np.uint64)
+    rest = packed[2 * count :].reshape(7, count)
+    rest[:4] = columns[1:5]
+    rest[4:].view(np.float32)[:] = columns[5:]
+    sent = torch.from_numpy(packed).to(device)
+    row, choice, position, top_k, *others = sent[2 * count :].view(7, count)
+    temperature, top_p, min_p = (other.view(torch.float32) for other in others)
+    seed = sent[: 2 * count].view(torch.int64)
+    return row, temperature, top_k, top_p, min_p, seed, choice, position
+
+
+def _log_sums(logits: Tensor, indices: Seq[int]) -> list[float]:
+    """Of each row the logarithm of the sum of exponentials: its largest logit less the logprob."""
+    if not indices:
+        return []
+    settings = _as_tensors([_Draw(0, i) for i in indices], logits.device)
+    best, logprob = ops.sample(logits, *settings)
+    log_sums: list[float] = (logits[settings[0], best].double() - logprob.double()).tolist()
+    return log_sums
+
+
+def _with_logprobs(
+    row: Tensor, log_sum: float, token_ids: Seq[int], num_top: int
+) -> tuple[SampledToken, ...]:
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        ids = _largest(row, min(num_top, len(row)))
+        ids = ids[row[ids].sort(descending=True, stable=True).indices]
+        ids = ids[row[ids].isfinite()]
+        top = tuple(zip(ids.tolist(), (row[ids].double() - log_sum).tolist(), strict=True))
+    logprobs = (row[list(token_ids)].double() - log_sum).tolist()
+    return tuple(
+        SampledToken(token_id, logprob, top)
+        for token_id, logprob in zip(token_ids, logprobs, strict=True)
+    )
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
@@ -125,28 +177,3 @@ def _largest(values: Tensor, count: int) -> Tensor:
     above = (values > boundary).nonzero()[:, 0]
     ties = (values == boundary).nonzero()[: count - len(above), 0]
     return torch.cat((above, ties)).sort().values
-
-
-def _nucleus(adjusted: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:
-    """The fewest ids, most probable first, that hold at least top_p of the mass; ascending.
-
-    Only ids with at least half of their even share of the mass 1 - top_p get sorted: all the
-    others together hold less than what may be left out.
-    """
-    mass = weights[ids]
-    total = mass.cumsum(0)[-1]
-    candidates = ids[mass * (2 * len(ids)) >= (1.0 - top_p) * total]
-    order = adjusted[candidates].sort(descending=True, stable=True).indices
-    running = weights[candidates[order]].cumsum(0)
-    count = int(torch.searchsorted(running, top_p * total)) + 1
-    return candidates[order[:count]].sort().values
-
-
-def _with_logprobs(logits: Tensor, token_ids: Seq[int], num_top: int) -> tuple[SampledToken, ...]:
-    logprobs = logits.double().log_softmax(dim=-1)
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        ids = _largest(logprobs, min(num_top, len(logprobs)))
-        ids = ids[logprobs[ids].sort(descending=True, stable=True).indices]
-        top = tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
-    return tuple(SampledToken(token_id, float(logprobs[token_id]), top) for token_id in token_ids)
