@@ -55,7 +55,8 @@ FOREBAY_DEVICE uint64_t target_of(const SampleParams& p, int64_t draw, uint64_t 
 // Bins of exponents: bin b has those in (-(b + 1) / 48, -b / 48], give or take a rounding. A larger
 // logit is never in a later bin.
 constexpr int kBins = 2048;
-constexpr float kBinsPerUnit = 48.0f;  // 42 * 48 = 2016: the last bins stay empty
+constexpr float kBinsPerUnit = 48.0f;
+constexpr int kLastBin = kBins - 2;  // 42 * 48 = 2016: neither this nor the next has any id
 
 FOREBAY_DEVICE int32_t bin_of(float exponent) { return int32_t(multiply(exponent, -kBinsPerUnit)); }
 

@@ -195,7 +195,7 @@ __device__ __forceinline__ Plan make_plan(const Settings& settings, const uint32
   uint64_t running_most = block_scan(sum_most, &all_most);
   const uint64_t lowest = share_of(settings.top_p, all_least);
   const uint64_t highest = share_of(settings.top_p, all_most);
-  if (threadIdx.x == 0) plan.unsure = k_bin < kBins ? k_bin : kBins - 1;
+  if (threadIdx.x == 0) plan.unsure = k_bin < kBins ? k_bin : kLastBin;
   __syncthreads();
   uint32_t before_k = 0;
 #pragma unroll

@@ -120,14 +120,14 @@ uint64_t sum_of(const uint64_t* weights, int count) {
   return sum;
 }
 
-// Rows that are cut also get their ids' bins; kBins - 1, which no id has, where the weight is 0.
+// Rows that are cut also get their ids' bins; kLastBin + 1 where the weight is 0.
 void bins_of(const Weigher& weigher, const float* logits, const uint64_t* weights, int count,
              int32_t* bins) {
   for (int i = 0; i < count; ++i) {
     const float exponent = exponent_of(logits[i], weigher.best, weigher.scale);
     const float inside = exponent > kLowestExponent ? exponent : kLowestExponent;
     const int32_t bin = bin_of(inside);
-    bins[i] = weights[i] > 0 ? bin : kBins - 1;
+    bins[i] = weights[i] > 0 ? bin : kLastBin + 1;
   }
 }
 
@@ -159,7 +159,7 @@ void count_bins(const Row<T>& row, const Weigher& weigher, Scratch& s) {
     if (count % 2 != 0) s.histogram[0][s.bins[count - 1]] += 1;
   }
   for (int i = 0; i < kBins; ++i) s.histogram[0][i] += s.histogram[1][i];
-  s.histogram[0][kBins - 1] = 0;
+  s.histogram[0][kLastBin + 1] = 0;
 }
 
 Plan make_plan(const Settings& settings, const uint32_t* histogram) {
@@ -176,7 +176,7 @@ Plan make_plan(const Settings& settings, const uint32_t* histogram) {
   }
   plan.sure = plan.unsure = plan.k_bin;
   if (settings.top_p == Settings::kAllOfIt) return plan;
-  const int last = std::min(plan.k_bin, kBins - 1);
+  const int last = std::min(plan.k_bin, kLastBin);
   const auto stay = [&](int bin) { return bin == plan.k_bin ? below_k : histogram[bin]; };
   uint64_t least = 0, most = 0;
   for (int bin = 0; bin <= last; ++bin) {
@@ -326,22 +326,25 @@ uint64_t cut_row(const Row<T>& row, const Settings& settings, const Weigher& wei
   return cut;
 }
 
-// The id at which the running sum of the weights, ids ascending, first exceeds the target.
+// The id at which the running sum of the weights, ids ascending, first exceeds the target. `*located`:
+// the piece whose running sums are in s.weights, or -1; many draws from one row find it there.
 template <class T>
-int locate(const Row<T>& row, const Weigher& weigher, uint64_t cut, Scratch& s, uint64_t target) {
+int locate(const Row<T>& row, const Weigher& weigher, uint64_t cut, Scratch& s, uint64_t target,
+           int* located) {
   int piece = 0;
   while (target >= s.sums[piece]) target -= s.sums[piece++];
   const int count = row.size(piece);
-  const float* logits = row.allowed(piece, s.line);
-  weigher(logits, count, s.weights);
-  for (int i = 0; i < count; ++i) {
-    const int id = piece * kPiece + i;
-    const bool stays = rank_of(key_of(logits[i]), uint32_t(id)) >= cut;
-    const uint64_t weight = stays ? s.weights[i] : 0;
-    if (target < weight) return id;
-    target -= weight;
+  if (piece != *located) {
+    const float* logits = row.allowed(piece, s.line);
+    weigher(logits, count, s.weights);
+    uint64_t running = 0;
+    for (int i = 0; i < count; ++i) {
+      const uint64_t rank = rank_of(key_of(logits[i]), uint32_t(piece * kPiece + i));
+      s.weights[i] = running += rank >= cut ? s.weights[i] : 0;
+    }
+    *located = piece;
   }
-  __builtin_unreachable();
+  return piece * kPiece + int(std::upper_bound(s.weights, s.weights + count, target) - s.weights);
 }
 
 template <class T>
@@ -383,8 +386,9 @@ void draw_from_row(const SampleParams& p, int64_t begin, int64_t end, Scratch& s
       }
     }
     const uint64_t total = sum_of(s.sums, row.pieces());
+    int located = -1;
     for (int64_t draw = begin; draw < end; ++draw)
-      tokens[draw] = locate(row, weigher, cut, s, target_of(p, draw, total));
+      tokens[draw] = locate(row, weigher, cut, s, target_of(p, draw, total), &located);
   }
   if (logprobs == nullptr) return;
   const uint64_t sum = softmax_sum(row, survey.largest, s);
