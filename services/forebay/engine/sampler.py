@@ -125,8 +125,14 @@ def _draws(row: int, sequence: ScheduledSequence) -> list[_Draw]:
     if params.greedy:
         return [_Draw(0, row) for _ in sequence.choices]
     seed = params.seed & _MASK64
-    rest = (params.top_k, params.temperature, params.top_p, params.min_p)
+    rest = (params.top_k, params.temperature, _rounded_down(params.top_p), params.min_p)
     return [_Draw(seed, row, choice, position, *rest) for choice in sequence.choices]
+
+
+def _rounded_down(share: float) -> float:
+    """To fp32: three of five equal tokens hold 0.6 of the mass, but not what 0.6 is in fp32."""
+    nearest = np.float32(share)
+    return float(nearest if nearest <= share else np.nextafter(nearest, np.float32(0.0)))
 
 
 def _as_tensors(draws: Seq[_Draw], device: torch.device) -> tuple[Tensor, ...]:

@@ -163,7 +163,13 @@ def test_temperatures_near_zero_are_greedy(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"), [({"top_k": 3}, {3, 8, 45}), ({"top_p": 0.5}, {3, 8, 21})]
+    ("overrides", "expected"),
+    [
+        ({"top_k": 3}, {3, 8, 45}),
+        ({"top_p": 0.5}, {3, 8, 21}),
+        ({"top_p": 1 / 6}, {3}),
+        ({"top_p": 0.51}, {3, 8, 21, 33}),
+    ],
 )
 def test_ties_at_a_boundary_keep_the_lower_ids(
     overrides: dict[str, Any], expected: set[int]
