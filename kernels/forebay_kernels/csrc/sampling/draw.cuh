@@ -33,7 +33,7 @@ FOREBAY_DEVICE Settings settings_of(const SampleParams& p, int64_t draw) {
   out.lowest = lowest > 1 ? lowest : 1;
   out.top_p = !(top_p < 1.0f) ? Settings::kAllOfIt
               : top_p > 0.0f  ? fixed_point(top_p, kShareBits)
-                              : 0;
+                              : 1;
   return out;
 }
 
@@ -70,6 +70,27 @@ FOREBAY_DEVICE uint64_t least_of_bin(int32_t bin) {
   const uint64_t room = (weight >> 12) + 1;
   return weight > room ? weight - room : 0;
 }
+
+// Bounds of the weight of the ids up to a bin and of those after it, and what follows: may (must) the
+// ids up to the bin hold the share top_p of all? Where top_p is near 1 little comes after the cut,
+// and little is uncertain about it; a bound of the whole would be too coarse. Both ways are true
+// from some bin on.
+struct Split {
+  uint64_t least, most, least_after, most_after;
+
+  FOREBAY_DEVICE bool may_hold(uint64_t top_p) const {
+    return holds(top_p, double(int64_t(most)), double(int64_t(least_after)));
+  }
+  FOREBAY_DEVICE bool must_hold(uint64_t top_p) const {
+    return holds(top_p, double(int64_t(least)), double(int64_t(most_after)));
+  }
+
+ private:
+  FOREBAY_DEVICE static bool holds(uint64_t top_p, double mass, double after) {
+    const double share = multiply(double(int64_t(top_p)), 0x1p-30);
+    return multiply(mass, subtract(1.0, share)) >= multiply(after, share);
+  }
+};
 
 // What the counts of the bins tell of where the row is cut. Ids of bins before `sure` stay; those
 // of [sure, unsure] and of `k_bin` are candidates, to be looked at one by one; those between count

@@ -193,17 +193,23 @@ __device__ __forceinline__ Plan make_plan(const Settings& settings, const uint32
   }
   uint64_t running_least = block_scan(sum_least, &all_least);
   uint64_t running_most = block_scan(sum_most, &all_most);
-  const uint64_t lowest = share_of(settings.top_p, all_least);
-  const uint64_t highest = share_of(settings.top_p, all_most);
+  const auto split = [&] {
+    return Split{running_least, running_most, all_least - running_least, all_most - running_most};
+  };
   if (threadIdx.x == 0) plan.unsure = k_bin < kBins ? k_bin : kLastBin;
   __syncthreads();
   uint32_t before_k = 0;
+  bool may = split().may_hold(settings.top_p), must = split().must_hold(settings.top_p);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    if (running_most < lowest && running_most + most[i] >= lowest) plan.sure = first + i;
-    if (running_least < highest && running_least + least[i] >= highest) plan.unsure = first + i;
     running_most += most[i];
     running_least += least[i];
+    const bool may_now = split().may_hold(settings.top_p);
+    const bool must_now = split().must_hold(settings.top_p);
+    if (may_now && !may) plan.sure = first + i;
+    if (must_now && !must) plan.unsure = first + i;
+    may = may_now;
+    must = must_now;
   }
   __syncthreads();
 #pragma unroll

@@ -178,22 +178,21 @@ Plan make_plan(const Settings& settings, const uint32_t* histogram) {
   if (settings.top_p == Settings::kAllOfIt) return plan;
   const int last = std::min(plan.k_bin, kLastBin);
   const auto stay = [&](int bin) { return bin == plan.k_bin ? below_k : histogram[bin]; };
-  uint64_t least = 0, most = 0;
+  Split split = {0, 0, 0, 0};
   for (int bin = 0; bin <= last; ++bin) {
     if (stay(bin) == 0) continue;
-    least += stay(bin) * least_of_bin(bin);
-    most += stay(bin) * most_of_bin(bin);
+    split.least_after += stay(bin) * least_of_bin(bin);
+    split.most_after += stay(bin) * most_of_bin(bin);
   }
-  const uint64_t lowest = share_of(settings.top_p, least), highest = share_of(settings.top_p, most);
-  least = most = 0;
   plan.sure = -1;
   plan.unsure = last;
   for (int bin = 0; bin <= last; ++bin) {
     if (stay(bin) == 0) continue;
-    least += stay(bin) * least_of_bin(bin);
-    most += stay(bin) * most_of_bin(bin);
-    if (plan.sure < 0 && most >= lowest) plan.sure = bin;
-    if (least >= highest) {
+    const uint64_t least = stay(bin) * least_of_bin(bin), most = stay(bin) * most_of_bin(bin);
+    split = {split.least + least, split.most + most, split.least_after - least,
+             split.most_after - most};
+    if (plan.sure < 0 && split.may_hold(settings.top_p)) plan.sure = bin;
+    if (split.must_hold(settings.top_p)) {
       plan.unsure = bin;
       break;
     }
