@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from forebay_kernels import native, reference
-from forebay_kernels.checks import FLOATS, ArgumentError, require
+from forebay_kernels.checks import FLOATS, ArgumentError
 from forebay_kernels.params import constants
 from forebay_kernels.registry import register
 
@@ -16,7 +17,8 @@ KV_GROUP = 128
 """Neighbouring values of one head that share a scale in the fp8 codec."""
 
 _NUMBERS = constants("KvCodec")
-CODECS = {"raw": _NUMBERS["FOREBAY_KV_RAW"], "fp8": _NUMBERS["FOREBAY_KV_FP8"]}
+_RAW, _FP8 = _NUMBERS["FOREBAY_KV_RAW"], _NUMBERS["FOREBAY_KV_FP8"]
+CODECS = {"raw": _RAW, "fp8": _FP8}
 _HOST_BLOCKS = 16
 """Of a kernel that writes to host memory: the bus is full long before, and a model's step beside it
 keeps its multiprocessors."""
@@ -30,9 +32,7 @@ def payload_bytes(
     """Of [layers, planes, tokens, heads, head_dim] elements of `itemsize` bytes. Raises
     ArgumentError on an unknown codec."""
     rows = layers * planes * tokens * heads
-    if _codec("payload_bytes", codec) == CODECS["raw"]:
-        return rows * head_dim * itemsize
-    return rows * (head_dim + 4 * -(-head_dim // KV_GROUP))
+    return rows * _row_bytes(head_dim, itemsize, _codec("payload_bytes", codec))
 
 
 def kv_pack(
@@ -58,7 +58,7 @@ def kv_pack(
     """
     table = _table("kv_pack", block_table, cache)
     crc = torch.zeros(1, dtype=torch.int32, device=cache.device)
-    _KV_PACK(cache, table, token_start, num_tokens, _codec("kv_pack", codec), out, crc)
+    _pack(cache, table, token_start, num_tokens, _codec("kv_pack", codec), out, crc)
     return int(crc) & 0xFFFFFFFF
 
 
@@ -79,8 +79,13 @@ def kv_unpack(
     """
     table = _table("kv_unpack", block_table, cache)
     crc = torch.zeros(1, dtype=torch.int32, device=cache.device)
-    _KV_UNPACK(payload, cache, table, token_start, num_tokens, _codec("kv_unpack", codec), crc)
+    _unpack(payload, cache, table, token_start, num_tokens, _codec("kv_unpack", codec), crc)
     return int(crc) & 0xFFFFFFFF
+
+
+def _row_bytes(head_dim: int, itemsize: int, codec: int) -> int:
+    """Of one head of one token, its scales included."""
+    return head_dim * itemsize if codec == _RAW else head_dim + 4 * -(-head_dim // KV_GROUP)
 
 
 def _codec(op: str, codec: str) -> int:
@@ -91,27 +96,31 @@ def _codec(op: str, codec: str) -> int:
 
 
 def _table(op: str, block_table: Sequence[int] | Tensor, cache: Tensor) -> Tensor:
+    """On the cache's device. Ids that can be read here are in range."""
     if isinstance(block_table, Tensor):
+        _check_ids(op, block_table, cache)
         return block_table
+    if not block_table:
+        return torch.empty(0, dtype=torch.int64, device=cache.device)
     try:
-        table = torch.tensor(block_table, dtype=torch.int64)
-    except (TypeError, ValueError, RuntimeError) as error:
+        numbers = array("q", block_table)
+    except (TypeError, OverflowError) as error:
         raise ArgumentError(op, "block_table", f"no list of block ids: {error}") from error
-    if table.ndim == 1 and cache.ndim == 6:
-        _check_ids(op, table, cache.shape[2])
-    return table.to(cache.device)
+    _check_range(op, min(numbers), max(numbers), cache)
+    table = torch.frombuffer(numbers, dtype=torch.int64)
+    return table if cache.device.type == "cpu" else table.to(cache.device)
 
 
-def _check_ids(op: str, ids: Tensor, num_blocks: int) -> None:
-    if ids.numel() == 0:
-        return
-    lowest, highest = (int(value) for value in ids.aminmax())
-    require(
-        lowest >= -1 and highest < num_blocks,
-        op,
-        "block_table",
-        f"ids from {lowest} to {highest} for a cache of {num_blocks} blocks",
-    )
+def _check_ids(op: str, ids: Tensor, cache: Tensor) -> None:
+    if ids.device.type == "cpu" and ids.numel() > 0 and not ids.is_floating_point():
+        lowest, highest = torch.aminmax(ids)
+        _check_range(op, int(lowest), int(highest), cache)
+
+
+def _check_range(op: str, lowest: int, highest: int, cache: Tensor) -> None:
+    if cache.ndim == 6 and not -1 <= lowest <= highest < cache.shape[2]:
+        problem = f"ids from {lowest} to {highest} for a cache of {cache.shape[2]} blocks"
+        raise ArgumentError(op, "block_table", problem)
 
 
 def _check(
@@ -133,9 +142,11 @@ def _check(
         raise ArgumentError(op, "cache", f"shape {shape} where [L, P, blocks, slots, H, D] belongs")
     if cache.stride(-1) != 1 and cache.shape[-1] > 1:
         raise ArgumentError(op, "cache", f"strides {cache.stride()}: heads have gaps")
-    require(codec in CODECS.values(), op, "codec", f"{codec} is none of {list(CODECS.values())}")
-    require(token_start >= 0, op, "token_start", f"{token_start} is negative")
-    require(num_tokens >= 0, op, "num_tokens", f"{num_tokens} is negative")
+    if codec not in (_RAW, _FP8):
+        raise ArgumentError(op, "codec", f"{codec} is none of {list(CODECS.values())}")
+    for name, count in (("token_start", token_start), ("num_tokens", num_tokens)):
+        if count < 0:
+            raise ArgumentError(op, name, f"{count} is negative")
     if block_table.dtype not in (torch.int32, torch.int64) or not (
         block_table.ndim == 1 and block_table.is_contiguous()
     ):
@@ -145,13 +156,10 @@ def _check(
     if crc.dtype != torch.int32 or crc.shape != (1,) or crc.device != cache.device:
         raise ArgumentError(op, "crc", f"is not one int32 on {cache.device}")
     block_size = cache.shape[3]
-    if num_tokens > 0:
-        first, last = token_start // block_size, (token_start + num_tokens - 1) // block_size
-        if last >= len(block_table):
-            problem = f"{len(block_table)} blocks of {block_size} tokens do not reach token"
-            raise ArgumentError(op, "block_table", f"{problem} {token_start + num_tokens - 1}")
-        if block_table.device.type == "cpu":
-            _check_ids(op, block_table[first : last + 1], cache.shape[2])
+    last = token_start + num_tokens - 1
+    if num_tokens > 0 and last // block_size >= len(block_table):
+        problem = f"{len(block_table)} blocks of {block_size} tokens do not reach token {last}"
+        raise ArgumentError(op, "block_table", problem)
     _check_buffer(op, *buffer, cache, num_tokens, codec)
 
 
@@ -167,10 +175,8 @@ def _check_buffer(
             op, name, f"is neither on {cache.device} nor in host memory pinned for it"
         )
     layers, planes, _, _, heads, head_dim = cache.shape
-    codec_name = next(text for text, number in CODECS.items() if number == codec)
-    expected = payload_bytes(
-        layers, planes, num_tokens, heads, head_dim, cache.element_size(), codec_name
-    )
+    rows = layers * planes * num_tokens * heads
+    expected = rows * _row_bytes(head_dim, cache.element_size(), codec)
     if buffer.numel() != expected:
         raise ArgumentError(op, name, f"has {buffer.numel()} bytes where {expected} belong")
     if cache.device.type == "cuda" and buffer.data_ptr() % 16 != 0:
@@ -222,7 +228,7 @@ def _max_blocks(device: torch.device, of_buffer: torch.device) -> int:
     return _BLOCKS_PER_MULTIPROCESSOR * int(properties.multi_processor_count)
 
 
-def _kv_pack(
+def _pack(
     cache: Tensor,
     block_table: Tensor,
     token_start: int,
@@ -237,12 +243,12 @@ def _kv_pack(
         return
     fields = _fields(cache, block_table, token_start, num_tokens, codec, out, crc)
     if not native.call("kv_pack", cache.device, out=out.data_ptr(), **fields):
-        fp8 = codec == CODECS["fp8"]
+        fp8 = codec == _FP8
         out.copy_(reference.pack_kv(cache, block_table, token_start, num_tokens, fp8))
         _write_crc(crc, out)
 
 
-def _kv_unpack(
+def _unpack(
     payload: Tensor,
     cache: Tensor,
     block_table: Tensor,
@@ -258,10 +264,36 @@ def _kv_unpack(
         return
     fields = _fields(cache, block_table, token_start, num_tokens, codec, payload, crc)
     if not native.call("kv_unpack", cache.device, payload=payload.data_ptr(), **fields):
-        fp8 = codec == CODECS["fp8"]
+        fp8 = codec == _FP8
         rows = payload.to(cache.device)
         reference.unpack_kv(rows, cache, block_table, token_start, num_tokens, fp8)
         _write_crc(crc, payload)
+
+
+def _kv_pack(
+    cache: Tensor,
+    block_table: Tensor,
+    token_start: int,
+    num_tokens: int,
+    codec: int,
+    out: Tensor,
+    crc: Tensor,
+) -> None:
+    _check_ids("kv_pack", block_table, cache)
+    _pack(cache, block_table, token_start, num_tokens, codec, out, crc)
+
+
+def _kv_unpack(
+    payload: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    token_start: int,
+    num_tokens: int,
+    codec: int,
+    crc: Tensor,
+) -> None:
+    _check_ids("kv_unpack", block_table, cache)
+    _unpack(payload, cache, block_table, token_start, num_tokens, codec, crc)
 
 
 def _write_crc(crc: Tensor, payload: Tensor) -> None:
@@ -294,13 +326,13 @@ def _kv_unpack_meta(
     _check("kv_unpack", cache, block_table, token_start, num_tokens, codec, buffer, crc)
 
 
-_KV_PACK = register(
+register(
     "kv_pack(Tensor cache, Tensor block_table, int token_start, int num_tokens, int codec,"
     " Tensor(a!) out, Tensor(b!) crc) -> ()",
     _kv_pack,
     _kv_pack_meta,
 )
-_KV_UNPACK = register(
+register(
     "kv_unpack(Tensor payload, Tensor(a!) cache, Tensor block_table, int token_start,"
     " int num_tokens, int codec, Tensor(b!) crc) -> ()",
     _kv_unpack,
