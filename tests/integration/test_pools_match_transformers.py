@@ -94,22 +94,18 @@ async def answers(redis_url: str, model: Path, roles: tuple[WorkerRole, ...]) ->
         return list(await asyncio.gather(*(answer(gateway, prompt) for prompt in prompts)))
 
 
-def reference_answers(reference: LlamaForCausalLM, model: Path) -> list[list[int]]:
+def reference_choices(
+    reference: LlamaForCausalLM, model: Path, answered: list[list[int]]
+) -> list[list[int]]:
+    """What transformers' model says at each place of the answers: the answers themselves if, and
+    only if, it would have given them."""
     tokenizer = Tokenizer(spec_from_gguf(model))
     results = []
-    for prompt in mixed_length_prompts():
-        ids = torch.tensor([tokenizer.encode_chat(prompt.messages)])
+    for prompt, tokens in zip(mixed_length_prompts(), answered, strict=True):
+        ids = tokenizer.encode_chat(prompt.messages)
         with torch.inference_mode():
-            output = reference.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NUM_TOKENS,
-                min_new_tokens=NUM_TOKENS,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        results.append(output[0, ids.shape[1] :].tolist())
+            logits = reference(torch.tensor([ids + tokens[:-1]])).logits[0]
+        results.append(logits[len(ids) - 1 :].argmax(dim=-1).tolist())
     return results
 
 
@@ -118,6 +114,9 @@ async def test_pools_and_mixed_worker_and_transformers_agree(
 ) -> None:
     pools = await answers(valkey_url, default_model_path, (WorkerRole.PREFILL, WorkerRole.DECODE))
     mixed = await answers(valkey_url, default_model_path, (WorkerRole.MIXED,))
-    expected = await asyncio.to_thread(reference_answers, reference_model, default_model_path)
+    expected = await asyncio.to_thread(
+        reference_choices, reference_model, default_model_path, pools
+    )
+    assert [len(tokens) for tokens in pools] == [NUM_TOKENS] * NUM_PROMPTS
     same = [p == m == e for p, m, e in zip(pools, mixed, expected, strict=True)]
     assert same == [True] * NUM_PROMPTS

@@ -37,6 +37,85 @@ struct AddRmsNormParams {
   float eps;
 };
 
+// Mixture of experts, and the gated activation.
+
+// Chooses top_k of num_experts for every token: see reference.moe_route.
+struct MoeRouteParams {
+  const void* logits;  // float or BF16 [tokens, num_experts], rows logits_stride apart
+  const void* bias;    // float [num_experts], or null
+  void* weights;       // float [tokens, top_k]
+  void* ids;           // int32 [tokens, top_k]
+  int64_t tokens;
+  int64_t logits_stride;
+  int32_t dtype;
+  int32_t num_experts;
+  int32_t top_k;         // at most topk_groups * (num_experts / num_groups)
+  int32_t num_groups;    // divides num_experts
+  int32_t topk_groups;   // at most num_groups
+  int32_t softmax;       // 1: softmax, group score = its best; 0: sigmoid, = sum of its two best
+  int32_t renormalise;   // 1: weights are divided by their sum + 1e-20
+  int32_t num_threads;   // CPU only
+  float scale;           // what weights are multiplied by
+};
+
+// A stable sort of choices by expert, each expert's rows padded to a multiple.
+struct MoeAlignParams {
+  const void* ids;   // int32 [choices]; outside [0, num_experts): skipped
+  void* order;       // int32 [slots]: the choice in each row, or -1
+  void* offsets;     // int32 [num_experts + 1]: each expert's first row; last: rows in use
+  void* inverse;     // int32 [choices]: the row of each choice, or -1
+  void* workspace;   // GPU only: int32 [num_blocks, num_experts], or null if num_blocks is 1
+  int64_t choices;
+  int64_t slots;  // at least the padded rows of all experts
+  int32_t num_experts;
+  int32_t multiple;
+  int32_t num_blocks;  // GPU only: how many blocks share the choices
+};
+
+// out[i] = x[order[i] / top_k], or zeros where order[i] is no choice of these tokens.
+struct MoePermuteParams {
+  const void* x;      // [tokens, row_bytes], rows x_stride_bytes apart
+  const void* order;  // int32 [slots]
+  void* out;          // [slots, row_bytes]
+  int64_t tokens;
+  int64_t slots;
+  int64_t row_bytes;
+  int64_t x_stride_bytes;
+  int32_t top_k;
+  int32_t num_threads;  // CPU only
+};
+
+// out[t] = shared[t] + sum over k of weights[t, k] * y[inverse[t, k]], in that order, in float.
+struct MoeUnpermuteParams {
+  const void* y;        // dtype [slots, width], rows y_stride apart
+  const void* inverse;  // int32 [tokens, top_k]; outside [0, slots): contributes nothing
+  const void* weights;  // float [tokens, top_k]
+  const void* shared;   // dtype [tokens, width], rows shared_stride apart, or null
+  void* out;            // dtype [tokens, width]
+  int64_t tokens;
+  int64_t slots;
+  int64_t width;
+  int64_t y_stride;
+  int64_t shared_stride;
+  int32_t dtype;
+  int32_t top_k;
+  int32_t num_threads;  // CPU only
+};
+
+// out = silu(x[:, :width]) * x[:, width:], in float. With scales: out is E4M3, one scale per
+// `group` values of a row.
+struct SiluAndMulParams {
+  const void* x;  // dtype [rows, 2 * width], rows x_stride apart
+  void* out;      // dtype or E4M3 [rows, width]
+  void* scales;   // float [rows, ceil(width / group)], or null: out is not quantised
+  int64_t rows;
+  int64_t width;
+  int64_t x_stride;
+  int32_t dtype;
+  int32_t group;
+  int32_t num_threads;  // CPU only
+};
+
 // ---- kv
 
 enum KvCodec { FOREBAY_KV_RAW = 0, FOREBAY_KV_FP8 = 1 };
@@ -95,4 +174,15 @@ struct KvUnpackParams {
   int32_t id_bytes;
   int32_t max_blocks;   // GPU only: of the grid
   int32_t num_threads;  // CPU only
+};
+
+// ---- tests: in the host library alone
+
+// `count` numbers of 8 or 16 bits to floats, or floats to such numbers.
+struct HostConvertParams {
+  const void* from;
+  void* to;
+  int64_t count;
+  int32_t dtype;
+  int32_t to_dtype;  // 0: to floats
 };

@@ -1,6 +1,8 @@
 """The operations as the engine calls them. Each is `torch.ops.forebay.<name>` too."""
 
+from forebay_kernels.ops.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.ops.kv import kv_pack, kv_unpack, payload_bytes
+from forebay_kernels.ops.moe import moe_align, moe_permute, moe_route, moe_unpermute
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import (
@@ -8,7 +10,6 @@ from forebay_kernels.reference import (
     paged_decode,
     paged_prefill,
     rotary_embedding,
-    silu_and_mul,
 )
 
 __all__ = [
@@ -19,10 +20,15 @@ __all__ = [
     "append_kv",
     "kv_pack",
     "kv_unpack",
+    "moe_align",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "paged_decode",
     "paged_prefill",
     "payload_bytes",
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "silu_and_mul_quant",
 ]

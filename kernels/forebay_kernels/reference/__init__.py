@@ -1,16 +1,23 @@
 """The operations in plain torch, for every device and dtype: what kernels are compared with, and
 what computes where there are none."""
 
+from forebay_kernels.reference.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.reference.attention import (
     append_kv,
     paged_decode,
     paged_prefill,
     rotary_embedding,
-    silu_and_mul,
 )
 from forebay_kernels.reference.checksum import crc32c
 from forebay_kernels.reference.fp8 import dequantise_groups, quantise_groups
 from forebay_kernels.reference.kv import pack_kv, unpack_kv
+from forebay_kernels.reference.moe import (
+    moe_align,
+    moe_permute,
+    moe_route,
+    moe_unpermute,
+    num_slots,
+)
 from forebay_kernels.reference.norm import add_rms_norm, add_rms_norm_quant, rms_norm
 
 __all__ = [
@@ -19,6 +26,11 @@ __all__ = [
     "append_kv",
     "crc32c",
     "dequantise_groups",
+    "moe_align",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
+    "num_slots",
     "pack_kv",
     "paged_decode",
     "paged_prefill",
@@ -26,5 +38,6 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "silu_and_mul",
+    "silu_and_mul_quant",
     "unpack_kv",
 ]

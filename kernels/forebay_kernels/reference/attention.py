@@ -29,12 +29,6 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def silu_and_mul(x: Tensor) -> Tensor:
-    """x: [T, 2N], gate then up. Returns silu(gate) * up: [T, N]."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
 def append_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes k[t] and v[t] (both [T, Hkv, D], any strides) to slot slot_mapping[t].
 

@@ -148,6 +148,30 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) {
   ::forebay::host::warp_barrier(mask);
   return out;
 }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  ::forebay::host::warp_exchange(mask, ::forebay::host::bits(value));
+  unsigned out = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if ((mask >> lane & 1) && ::forebay::host::lane_value(lane) == ::forebay::host::bits(value))
+      out |= 1u << lane;
+  ::forebay::host::warp_barrier(mask);
+  return out;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  ::forebay::host::warp_exchange(mask, value);
+  unsigned out = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) {
+      const unsigned other = unsigned(::forebay::host::lane_value(lane));
+      out = other > out ? other : out;
+    }
+  ::forebay::host::warp_barrier(mask);
+  return out;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return ~__reduce_max_sync(mask, ~value);
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
