@@ -2,6 +2,7 @@
 
 from forebay_kernels.ops.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.ops.attention import merge_lse
+from forebay_kernels.ops.kv import kv_pack, kv_unpack, payload_bytes
 from forebay_kernels.ops.mla import mla_post
 from forebay_kernels.ops.moe import moe_align, moe_permute, moe_route, moe_unpermute
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
@@ -15,6 +16,8 @@ __all__ = [
     "PrefillPlan",
     "add_rms_norm",
     "add_rms_norm_quant",
+    "kv_pack",
+    "kv_unpack",
     "merge_lse",
     "mla_post",
     "moe_align",
@@ -23,6 +26,7 @@ __all__ = [
     "moe_unpermute",
     "paged_decode",
     "paged_prefill",
+    "payload_bytes",
     "qkv_post",
     "rms_norm",
     "sample",
