@@ -138,7 +138,7 @@ def slow_reads(there: Served, seconds: float) -> None:
     runner: Any = there.worker._runner
     export = runner.export_kv
 
-    def slowly(*args: Any) -> bytes:
+    def slowly(*args: Any) -> int:
         time.sleep(seconds)
         return export(*args)  # type: ignore[no-any-return]
 
