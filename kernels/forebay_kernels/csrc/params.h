@@ -36,3 +36,63 @@ struct AddRmsNormParams {
   int32_t num_threads;  // CPU only
   float eps;
 };
+
+// ---- kv
+
+enum KvCodec { FOREBAY_KV_RAW = 0, FOREBAY_KV_FP8 = 1 };
+
+// Tokens [token_start, token_start + tokens), in the coordinates of the block table, of a paged cache
+// [layers, planes, num_blocks, block_size, heads, head_dim] into a payload: elements [layers, planes,
+// tokens, heads, head_dim], or e4m3 codes of that shape and then float scales [layers, planes,
+// tokens, heads, ceil(head_dim / 128)]. A block id outside the cache: zeros. To `crc` is XORed the
+// CRC-32C of the payload.
+struct KvPackParams {
+  const void* cache;        // dtype, strides below, head_dim contiguous
+  const void* block_table;  // int32_t or int64_t, see id_bytes
+  void* out;                // bytes
+  void* crc;                // uint32_t [1]
+  int64_t layers;
+  int64_t planes;
+  int64_t tokens;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t token_start;
+  int64_t layer_stride;
+  int64_t plane_stride;
+  int64_t block_stride;
+  int64_t slot_stride;
+  int64_t head_stride;
+  int32_t dtype;
+  int32_t codec;
+  int32_t id_bytes;
+  int32_t max_blocks;   // GPU only: of the grid
+  int32_t num_threads;  // CPU only
+};
+
+// The way back; nothing is written for a block id outside the cache.
+struct KvUnpackParams {
+  const void* payload;
+  const void* block_table;
+  void* cache;
+  void* crc;
+  int64_t layers;
+  int64_t planes;
+  int64_t tokens;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t num_blocks;
+  int64_t block_size;
+  int64_t token_start;
+  int64_t layer_stride;
+  int64_t plane_stride;
+  int64_t block_stride;
+  int64_t slot_stride;
+  int64_t head_stride;
+  int32_t dtype;
+  int32_t codec;
+  int32_t id_bytes;
+  int32_t max_blocks;   // GPU only: of the grid
+  int32_t num_threads;  // CPU only
+};
