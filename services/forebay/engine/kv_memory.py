@@ -38,7 +38,7 @@ class KvMemory:
         self.cache = _zeroed(shape, dtype, device)
         self.layers = [(layer[0], layer[1]) for layer in self.cache]
         self.block_size = block_size
-        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
     def payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
         return ops.payload_bytes(
@@ -56,7 +56,7 @@ class KvMemory:
     ) -> int:
         """As `Runner.export_kv`."""
         out = _as_tensor(payload)
-        packed = out if self.cache.is_cpu else self._staging(out.numel())
+        packed = out if self.cache.is_cpu else self._buffer(out.numel())
         checksum = ops.kv_pack(
             self._narrowed(part), *self._tokens(block_table, part), packed, codec.value
         )
@@ -78,12 +78,10 @@ class KvMemory:
             raise KvTransferError(f"KV payload of {payload.nbytes} bytes where {expected} belong")
         packed = _as_tensor(payload)
         if not self.cache.is_cpu:
-            packed = self._staging(expected).copy_(packed)
+            packed = self._buffer(expected).copy_(packed)
         view, tokens = self._narrowed(part), self._tokens(block_table, part)
         if ops.kv_unpack(packed, view, *tokens, codec.value) != checksum:
-            zeros = torch.zeros(
-                self.payload_bytes(part, KvCodec.RAW), dtype=torch.uint8, device=packed.device
-            )
+            zeros = self._buffer(self.payload_bytes(part, KvCodec.RAW)).zero_()
             ops.kv_unpack(zeros, view, *tokens, KvCodec.RAW.value)
             raise KvTransferError("a KV payload is corrupt: its checksum differs")
 
@@ -104,11 +102,12 @@ class KvMemory:
         start = part.token_start - first * self.block_size
         return block_table[first:last], start, part.num_tokens
 
-    def _staging(self, num_bytes: int) -> Tensor:
-        """Host memory that the GPU reads and writes by itself; one payload at a time."""
-        if self._pinned.numel() < num_bytes:
-            self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        return self._pinned[:num_bytes]
+    def _buffer(self, num_bytes: int) -> Tensor:
+        """For one payload at a time; of a GPU's KV, in host memory that it can read and write."""
+        if self._staging.numel() < num_bytes:
+            pinned = not self.cache.is_cpu
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        return self._staging[:num_bytes]
 
 
 def _as_tensor(buffer: memoryview) -> Tensor:

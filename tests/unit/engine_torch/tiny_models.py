@@ -137,7 +137,7 @@ def step_logits(runner: TorchRunner, *sequences: ScheduledSequence) -> list[torc
         Batch(sequences), runner.kv_layout.block_size, network.dtype, network.device
     )
     with torch.inference_mode():
-        logits = network.logits(network.forward(inputs, runner._layer_caches))
+        logits = network.logits(network.forward(inputs, runner._kv.layers))
     rows = dict(zip(inputs.sampled, logits, strict=True))
     return [rows[i] for i in range(len(sequences))]
 
