@@ -24,7 +24,8 @@ def quantise_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     finite = largest.isfinite()
     largest = largest.clamp_min(SMALLEST_LARGEST)
     scales = torch.where(finite, largest / E4M3_MAX, torch.nan)
-    inverse = torch.where(finite, E4M3_MAX / largest, 0.0)
+    # A number over a tensor would be its reciprocal times the number, rounded twice.
+    inverse = torch.where(finite, torch.full_like(largest, E4M3_MAX) / largest, 0.0)
     codes = (groups * inverse[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(-2)[..., :width].contiguous(), scales
 
