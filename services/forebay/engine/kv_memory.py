@@ -12,7 +12,6 @@ from torch import Tensor
 
 from forebay.core.errors import ConfigurationError, KvTransferError
 from forebay.core.kv_codec import KvCodec
-from forebay.engine.config import ModelConfig
 from forebay.engine.interface import KvSlice
 from forebay_kernels import ops
 
@@ -25,16 +24,17 @@ class KvMemory:
 
     def __init__(
         self,
-        config: ModelConfig,
         *,
+        num_layers: int,
         num_blocks: int,
         block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Raises ConfigurationError when the device has not that much memory."""
-        heads = (config.num_kv_heads, config.head_dim)
-        shape = (config.num_layers, _KEY_AND_VALUE, num_blocks, block_size, *heads)
+        shape = (num_layers, _KEY_AND_VALUE, num_blocks, block_size, num_kv_heads, head_dim)
         self.cache = _zeroed(shape, dtype, device)
         self.layers = [(layer[0], layer[1]) for layer in self.cache]
         self.block_size = block_size

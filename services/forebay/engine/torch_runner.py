@@ -50,9 +50,11 @@ class TorchRunner:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._kv = KvMemory(
-            config,
+            num_layers=config.num_layers,
             num_blocks=num_blocks,
             block_size=block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             dtype=model.dtype,
             device=model.device,
         )
