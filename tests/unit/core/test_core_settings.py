@@ -68,6 +68,12 @@ def test_a_bad_role_names_its_variable(text: str) -> None:
         load(WorkerSettings, {"FOREBAY_WORKER_ROLE": text})
 
 
+@pytest.mark.parametrize("text", ["", "RAW", "fp16", "0"])
+def test_a_bad_codec_names_its_variable(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="FOREBAY_WORKER_KV_CODEC"):
+        load(WorkerSettings, {"FOREBAY_WORKER_KV_CODEC": text})
+
+
 def test_roles_are_read() -> None:
     for role in WorkerRole:
         assert load(WorkerSettings, {"FOREBAY_WORKER_ROLE": role.value}).role is role
