@@ -7,16 +7,62 @@
 namespace forebay::kv {
 namespace {
 
-uint32_t pack_elements(const KvPackParams& p, const Layout& layout, int64_t begin, int64_t end,
-                       bool stream) {
-  const size_t row_bytes = size_t(layout.row_bytes);
-  Writer writer(static_cast<uint8_t*>(p.out) + begin * layout.heads * layout.row_bytes, stream);
+// put(bytes, count) for tokens [begin, end): whole rows at `bytes`, which is null for zeros.
+template <class Put>
+void gather(const KvPackParams& p, const Layout& layout, int64_t begin, int64_t end, Put put) {
+  Ahead ahead(put);
+  const int64_t rows_at_once = std::max(int64_t(1), int64_t(kAheadAtOnce) / layout.cache_row_bytes);
   for_runs(p, layout, static_cast<const uint8_t*>(p.cache), begin, end,
            [&](const uint8_t* from, int64_t rows) {
-             const size_t count = size_t(rows) * row_bytes;
-             from == nullptr ? writer.put_zeros(count) : writer.put(from, count);
+             while (rows > 0) {
+               const int64_t part = std::min(rows, rows_at_once);
+               const size_t count = size_t(part * layout.cache_row_bytes);
+               ahead.push(from, count);
+               if (from != nullptr) from += count;
+               rows -= part;
+             }
            });
+  ahead.finish();
+}
+
+uint32_t pack_elements(const KvPackParams& p, const Layout& layout, int64_t begin, int64_t end,
+                       bool stream) {
+  Writer writer(static_cast<uint8_t*>(p.out) + begin * layout.heads * layout.row_bytes, stream);
+  gather(p, layout, begin, end, [&](const uint8_t* from, size_t count) {
+    from == nullptr ? writer.put_zeros(count) : writer.put(from, count);
+  });
   return writer.finish();
+}
+
+// Several groups go through each step together: their chains of operations are long and independent.
+template <class T>
+void encode_rows(const T* values, int64_t rows, const Layout& layout, Writer& codes,
+                 Writer& scales) {
+  constexpr int kTogether = 16;
+  const int64_t num_groups = rows * layout.groups;
+  for (int64_t group = 0; group < num_groups;) {
+    int64_t sizes[kTogether];
+    float of_scales[kTogether], inverses[kTogether];
+    const int count = int(std::min<int64_t>(kTogether, num_groups - group));
+    const T* at = values;
+    for (int i = 0; i < count; ++i) {
+      sizes[i] = std::min(kGroup, layout.head_dim - (group + i) % layout.groups * kGroup);
+      inverses[i] = largest_of(at, sizes[i]);
+      at += sizes[i];
+    }
+    for (int i = 0; i < count; ++i) {
+      const Fp8Scale scale = fp8_scale(inverses[i]);
+      of_scales[i] = scale.scale;
+      inverses[i] = scale.inverse;
+    }
+    for (int i = 0; i < count; ++i) {
+      encode_group(values, sizes[i], inverses[i], codes.room());
+      codes.wrote(size_t(sizes[i]));
+      values += sizes[i];
+    }
+    scales.put(of_scales, size_t(count) * 4);
+    group += count;
+  }
 }
 
 template <class T>
@@ -26,21 +72,16 @@ void pack_codes(const KvPackParams& p, const Layout& layout, int64_t begin, int6
   const int64_t row = begin * layout.heads;
   Writer codes(out + row * layout.row_bytes, stream);
   Writer scales(out + layout.row_area() + row * layout.scale_bytes(), stream);
-  for_runs(p, layout, static_cast<const uint8_t*>(p.cache), begin, end,
-           [&](const uint8_t* from, int64_t rows) {
-             alignas(64) static const T kZeros[kGroup] = {};
-             const auto* values = reinterpret_cast<const T*>(from);
-             for (; rows > 0; --rows)
-               for (int64_t left = layout.head_dim; left > 0; left -= kGroup) {
-                 const int64_t count = std::min(left, kGroup);
-                 const float scale =
-                     encode_group(from == nullptr ? kZeros : values, count, codes.room());
-                 codes.wrote(size_t(count));
-                 memcpy(scales.room(), &scale, 4);
-                 scales.wrote(4);
-                 values += count;
-               }
-           });
+  gather(p, layout, begin, end, [&](const uint8_t* from, size_t bytes) {
+    const int64_t rows = int64_t(bytes) / layout.cache_row_bytes;
+    if (from == nullptr) {
+      codes.put_zeros(size_t(rows * layout.row_bytes));
+      const float scale = fp8_scale(0.0f).scale;
+      for (int64_t i = 0; i < rows * layout.groups; ++i) scales.put(&scale, 4);
+      return;
+    }
+    encode_rows(reinterpret_cast<const T*>(from), rows, layout, codes, scales);
+  });
   *of_codes = codes.finish();
   *of_scales = scales.finish();
 }

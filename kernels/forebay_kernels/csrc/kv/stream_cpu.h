@@ -98,6 +98,46 @@ class Writer {
   alignas(64) uint8_t stage_[kStage + kRoom];
 };
 
+constexpr size_t kAheadAtOnce = 1024;  // bytes of a stretch
+
+// Stretches of a cache that will be read, some of them asked for before their turn: where one ends
+// the next lies anywhere, and the processor's own prefetching begins anew with each.
+template <class Read>
+class Ahead {
+ public:
+  explicit Ahead(Read read) : read_(read) {}
+
+  // `from`: null or `count` bytes.
+  void push(const uint8_t* from, size_t count) {
+    if (from != nullptr)
+      for (size_t at = 0; at < count; at += 64) __builtin_prefetch(from + at, 0, 2);
+    waiting_[end_++ % kWaiting] = {from, count};
+    bytes_ += count;
+    while (bytes_ > kBytes || end_ - begin_ == kWaiting) pop();
+  }
+  void finish() {
+    while (begin_ != end_) pop();
+  }
+
+ private:
+  static constexpr size_t kBytes = 8192, kWaiting = 64;
+
+  struct Stretch {
+    const uint8_t* from;
+    size_t count;
+  };
+
+  void pop() {
+    const Stretch next = waiting_[begin_++ % kWaiting];
+    bytes_ -= next.count;
+    read_(next.from, next.count);
+  }
+
+  Read read_;
+  size_t begin_ = 0, end_ = 0, bytes_ = 0;
+  Stretch waiting_[kWaiting];
+};
+
 // Bytes that are read somewhere else too: their register alone, some ahead of that reader, who finds
 // them in the first-level cache.
 class Reader {
