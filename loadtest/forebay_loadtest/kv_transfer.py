@@ -33,6 +33,7 @@ from forebay.rpc.grpc_connector import GrpcConnector
 from forebay.rpc.methods import PROTOCOL_VERSION
 from forebay.rpc.v1 import worker_pb2
 from forebay.worker.kv_push import KvPush
+from forebay.worker.malloc import keep_freed_memory
 from forebay.worker.thread_executor import ThreadExecutor
 from forebay.worker.transfer import ConnectorKvTransport, KvSender
 from forebay_kernels import native
@@ -189,8 +190,8 @@ class Course:
 
 
 async def measure(dtype: str, options: Options) -> dict[str, Any]:
-    """Figures by codec. `arrived_whole`: what lies there in the end is what was sent, or for a codec
-    that loses something what that makes of it."""
+    """Figures by codec. `arrived_whole`: what lies there in the end is what was sent, or for a
+    codec that loses something what that makes of it."""
     holder = KvHolder(dtype, options.num_tokens, seed=1)
     figures: dict[str, Any] = {}
     async with Receiver.start(dtype, options) as receiver:
@@ -246,13 +247,20 @@ def _auto() -> str:
     "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="bf16 and fp32."
 )
 @click.option("--threads", default=1, show_default=True, help="Of each process's KV operations.")
+@click.option("--frame-kib", default=WorkerSettings().kv_frame_kib, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Where the JSON goes too.")
 def main(
-    tokens: int, rounds: int, dtypes: tuple[str, ...], threads: int, output: Path | None
+    tokens: int,
+    rounds: int,
+    dtypes: tuple[str, ...],
+    threads: int,
+    frame_kib: int,
+    output: Path | None,
 ) -> None:
     """Exits with 1 when something did not arrive as it was sent."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
-    options = Options(tokens, rounds, threads, WorkerSettings().kv_frame_kib)
+    options = Options(tokens, rounds, threads, frame_kib)
     load_average = [round(os.getloadavg()[0], 2)]
     results = {dtype: asyncio.run(measure(dtype, options)) for dtype in dtypes or ("bf16", "fp32")}
     library = native.libraries.of("cpu")

@@ -30,6 +30,7 @@ from forebay.rpc.connector import Method, Routes
 from forebay.rpc.grpc_listener import GrpcListener
 from forebay.rpc.methods import KV_PUSH, PROTOCOL_VERSION
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
+from forebay.worker.malloc import keep_freed_memory
 from forebay.worker.thread_executor import ThreadExecutor
 from forebay.worker.transfer import KvReceiver
 
@@ -188,5 +189,6 @@ async def _serve(dtype: str, num_tokens: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     torch.set_num_threads(int(sys.argv[3]))
     asyncio.run(_serve(sys.argv[1], int(sys.argv[2])))
