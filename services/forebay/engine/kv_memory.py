@@ -39,6 +39,7 @@ class KvMemory:
         self.layers = [(layer[0], layer[1]) for layer in self.cache]
         self.block_size = block_size
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._is_staged = not self.cache.is_cpu
 
     def payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
         return ops.payload_bytes(
@@ -56,7 +57,7 @@ class KvMemory:
     ) -> int:
         """As `Runner.export_kv`."""
         out = _as_tensor(payload)
-        packed = out if self.cache.is_cpu else self._buffer(out.numel())
+        packed = self._buffer(out.numel()) if self._is_staged else out
         checksum = ops.kv_pack(
             self._narrowed(part), *self._tokens(block_table, part), packed, codec.value
         )
@@ -77,7 +78,7 @@ class KvMemory:
         if payload.nbytes != expected:
             raise KvTransferError(f"KV payload of {payload.nbytes} bytes where {expected} belong")
         packed = _as_tensor(payload)
-        if not self.cache.is_cpu:
+        if self._is_staged:
             packed = self._buffer(expected).copy_(packed)
         view, tokens = self._narrowed(part), self._tokens(block_table, part)
         if ops.kv_unpack(packed, view, *tokens, codec.value) != checksum:
@@ -105,7 +106,7 @@ class KvMemory:
     def _buffer(self, num_bytes: int) -> Tensor:
         """For one payload at a time; of a GPU's KV, in host memory that it can read and write."""
         if self._staging.numel() < num_bytes:
-            pinned = not self.cache.is_cpu
+            pinned = self.cache.is_cuda
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
         return self._staging[:num_bytes]
 

@@ -131,6 +131,23 @@ def test_what_was_packed_arrives_between_any_block_sizes(
     assert num_changed == part.num_layers * 2 * part.num_tokens * part.num_heads
 
 
+@pytest.mark.parametrize("codec", KvCodec)
+def test_payloads_may_take_the_way_of_a_gpu(codec: KvCodec) -> None:
+    """Over a buffer between message and cache, one for all."""
+    source, target = kv_memory(block_size=4), kv_memory(block_size=16)
+    source._is_staged = target._is_staged = True
+    tables = table_of(source, 1), table_of(target, 2)
+    for num_tokens in (5, 24, 1):
+        part = KvSlice(1, 2, 3, num_tokens, 1, 3)
+        payload = packed(source, tables[0], part, codec)
+        unpack(target, tables[1], part, codec, payload)
+        expected = as_received(tokens_of(source, tables[0], part), codec, torch.float32)
+        assert torch.equal(tokens_of(target, tables[1], part), expected)
+        with pytest.raises(KvTransferError, match="corrupt"):
+            target.unpack(tables[1], part, codec, memoryview(payload), crc32c(payload) ^ 1)
+        assert not tokens_of(target, tables[1], part).any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_keeps_four_bits_of_each_number(dtype: torch.dtype) -> None:
     """Of numbers down to a 30,000th of their group's largest, three and the leading one."""
