@@ -50,7 +50,9 @@ def unpack_kv(
         codes = payload[:num_codes].view(torch.float8_e4m3fn).view(shape)
         scales = payload[num_codes:].clone().view(torch.float32).view(*shape[:-1], -1)
         values = dequantise_groups(codes, scales, GROUP)
-        rows = values.to(cache.dtype).masked_fill_(values.isnan(), torch.nan)
+        rows = values.to(cache.dtype)
+        bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
+        bits.masked_fill_(values.isnan(), torch.iinfo(bits.dtype).max)  # as GPUs write them
     else:
         rows = payload.view(cache.dtype).view(shape)
     cache[:, :, ids[exists], slots[exists]] = rows[:, :, exists]

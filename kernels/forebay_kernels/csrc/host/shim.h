@@ -140,6 +140,14 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   ::forebay::host::warp_barrier(mask);
   return out;
 }
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value) {
+  ::forebay::host::warp_exchange(mask, value);
+  unsigned out = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) out ^= unsigned(::forebay::host::lane_value(lane));
+  ::forebay::host::warp_barrier(mask);
+  return out;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 

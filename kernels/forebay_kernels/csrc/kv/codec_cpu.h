@@ -40,13 +40,16 @@ void encode_group(const T* values, int64_t size, float inverse, uint8_t* codes) 
   });
 }
 
-// All NaN are written as one, whatever a processor makes of a product with NaN.
+// A NaN is written as a GPU makes them: all ones but the sign.
 template <class T>
 void decode_group(const uint8_t* codes, int64_t size, float scale, T* values) {
   with_group_size(size, [&](auto count) __attribute__((always_inline)) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = to_float(e4m3{codes[i]}) * scale;
-      values[i] = from_float<T>(value == value ? value : float_of(0x7fc00000));
+      if constexpr (sizeof(T) == 4)
+        values[i] = value == value ? value : float_of(0x7fffffff);
+      else
+        values[i] = {uint16_t(value == value ? from_float<T>(value).bits : 0x7fff)};
     }
   });
 }
