@@ -81,7 +81,8 @@ def as_received(values: Tensor, codec: KvCodec, dtype: torch.dtype) -> Tensor:
     received = []
     for group in groups:
         largest = group.abs().amax(-1, keepdim=True)
-        codes = (group * (448.0 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        inverse = torch.full_like(largest, 448.0) / largest
+        codes = (group * inverse).clamp(-448, 448).to(torch.float8_e4m3fn)
         received.append(codes.float() * (largest / 448.0))
     return torch.cat(received, -1).to(dtype)
 
@@ -99,7 +100,7 @@ def parts(draw: st.DrawFn) -> KvSlice:
     )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=50)
 @given(
     part=parts(),
     sizes=st.tuples(st.sampled_from([1, 3, 4, 16]), st.sampled_from([1, 4, 5, 32])),
