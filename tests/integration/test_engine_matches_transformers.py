@@ -57,7 +57,7 @@ def logits_of(runner: TorchRunner, sequence: ScheduledSequence) -> torch.Tensor:
     network = runner._network
     inputs = build_inputs(Batch((sequence,)), 16, network.dtype, network.device)
     with torch.inference_mode():
-        logits: torch.Tensor = network.logits(network.forward(inputs, runner._layer_caches))[0]
+        logits: torch.Tensor = network.logits(network.forward(inputs, runner._kv.layers))[0]
     return logits
 
 

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from forebay.gateway.generation import (
     GenerationRequest,
     Placed,
 )
+from forebay.rpc.v1 import worker_pb2
 from forebay.simulator import loop
 from forebay.simulator.platform import PlatformOptions, SimulatedPlatform
 
@@ -108,6 +110,25 @@ def test_choices_share_a_prompt_and_differ() -> None:
 def test_one_token_answer_releases_the_reservation() -> None:
     events = run_request(PlatformOptions(seed=1), replace(REQUEST, max_tokens=1))
     assert [type(event) for event in events] == [Placed, Chunk, ChoiceEnd, Completion]
+
+
+def test_the_prefill_worker_is_told_which_codecs_the_decode_worker_takes() -> None:
+    async def main() -> list[worker_pb2.TransferTarget]:
+        async with SimulatedPlatform(PlatformOptions(seed=1)) as platform:
+            traffic, decode = platform.workers[0]._traffic, platform.workers[1]
+            begin, targets = traffic.begin, []
+
+            def note(*arguments: Any) -> None:
+                targets.append(arguments[1].target)
+                begin(*arguments)
+
+            traffic.begin = note  # type: ignore[method-assign]
+            async for _ in platform.gateway.prepare(REQUEST).events():
+                pass
+            assert list(decode.description().kv_codecs) == [worker_pb2.KV_CODEC_RAW]
+            return targets
+
+    assert [list(t.kv_codecs) for t in loop.run(main())] == [[worker_pb2.KV_CODEC_RAW]]
 
 
 def test_first_token_comes_before_the_kv_has_moved() -> None:

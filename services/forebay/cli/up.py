@@ -12,6 +12,7 @@ from rich.markup import escape
 from forebay.cli.progress_display import show_progress
 from forebay.client import ForebayClient
 from forebay.core.errors import ForebayError
+from forebay.core.kv_codec import KvCodec
 from forebay.deploy import local
 from forebay.deploy.options import UpOptions, make_plan
 from forebay.deploy.run_state import RunState
@@ -45,6 +46,11 @@ _port = click.IntRange(1, 65535)
 @click.option("--grpc-port", type=_port, help="Public gRPC; 8001 unless set elsewhere.")
 @click.option("--max-model-len", type=_positive, help="Prompt plus answer, in tokens.")
 @click.option("--kv-memory-mib", type=_positive, help="KV memory of each worker.")
+@click.option(
+    "--kv-codec",
+    type=click.Choice([codec.value for codec in KvCodec]),
+    help="How KV travels between workers; fp8: half the bytes of bf16, less precise.",
+)
 @click.option("--threads", type=_positive, help="CPU threads of each worker's model.")
 def up(mixed: int | None, **options: object) -> None:
     """Start a platform on this machine: Redis, Ray, workers and a gateway, all on loopback."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forebay.core.errors import ConfigurationError
+from forebay.core.kv_codec import KvCodec
 from forebay.core.roles import WorkerRole
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -78,6 +79,9 @@ class WorkerSettings:
     """How long a gateway's sequences outlive its step stream."""
     kv_frame_kib: int = 1024
     """Upper bound of a KV frame's payload (at least one token of one layer goes into a frame)."""
+    kv_codec: KvCodec = KvCodec.RAW
+    """How this worker writes down the KV that it sends: `raw`, or `fp8`, which takes about half the
+    bytes of bf16 and loses precision. A receiver that does not know it gets raw."""
     kv_event_interval_s: float = 0.05
     """How long changes of the prefix cache are gathered before gateways are told of them."""
     drain_s: float = 30.0

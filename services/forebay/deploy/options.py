@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from forebay.core.errors import ConfigurationError
+from forebay.core.kv_codec import KvCodec
 from forebay.core.roles import WorkerRole
 from forebay.core.settings import (
     DEFAULT_MODEL,
-    EngineSettings,
     GatewaySettings,
     WorkerSettings,
     external_redis_url,
@@ -37,6 +37,7 @@ class UpOptions:
     max_model_len: int | None = None
     kv_memory_mib: int | None = None
     threads: int | None = None
+    kv_codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ def make_plan(options: UpOptions) -> PlatformPlan:
         "FOREBAY_ENGINE_MAX_MODEL_LEN": options.max_model_len,
         "FOREBAY_ENGINE_KV_MEMORY_MIB": options.kv_memory_mib,
         "FOREBAY_ENGINE_NUM_THREADS": options.threads,
+        "FOREBAY_WORKER_KV_CODEC": options.kv_codec,
         "FOREBAY_GATEWAY_HTTP_PORT": options.http_port,
         "FOREBAY_GATEWAY_GRPC_PORT": options.grpc_port,
     }
@@ -98,7 +100,7 @@ def make_plan(options: UpOptions) -> PlatformPlan:
         raise ConfigurationError("the model's name is empty")
     if gateway.http_port == gateway.grpc_port:
         raise ConfigurationError(f"port {gateway.http_port} cannot serve both HTTP and gRPC")
-    _check_engine(worker.engine)
+    _check_engine(worker)
     return PlatformPlan(
         pools=pools,
         host=gateway.host,
@@ -163,8 +165,11 @@ def _pools(options: UpOptions) -> dict[WorkerRole, int]:
     return pools
 
 
-def _check_engine(engine: EngineSettings) -> None:
+def _check_engine(worker: WorkerSettings) -> None:
+    engine = worker.engine
     if engine.engine not in ("torch", "sim"):
         raise ConfigurationError(f"engine {engine.engine!r}: torch or sim")
     if engine.dtype not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigurationError(f"dtype {engine.dtype!r}: auto, fp32, bf16 or fp16")
+    if engine.engine == "sim" and worker.kv_codec is not KvCodec.RAW:
+        raise ConfigurationError(f"kv_codec {worker.kv_codec.value!r}: the sim engine's KV is raw")

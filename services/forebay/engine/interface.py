@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.rpc.v1 import worker_pb2
 
@@ -69,6 +70,30 @@ class StepResult:
     modelled_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class KvSlice:
+    """Part of a sequence's KV: some layers' keys and values of some heads, for some tokens."""
+
+    layer_start: int
+    num_layers: int
+    token_start: int
+    num_tokens: int
+    head_start: int
+    num_heads: int
+
+    @property
+    def layer_end(self) -> int:
+        return self.layer_start + self.num_layers
+
+    @property
+    def token_end(self) -> int:
+        return self.token_start + self.num_tokens
+
+    @property
+    def head_end(self) -> int:
+        return self.head_start + self.num_heads
+
+
 LayerHook = Callable[[int], None]
 """Called on the runner's own thread after a layer's KV of the batch has been written, with the
 layer's index: 0, 1, 2, ... Until it returns the step waits. It may call `export_kv`, and must not
@@ -78,8 +103,8 @@ raise."""
 class Runner(Protocol):
     """A model and its KV memory. One thread at a time calls it; it calls back only a LayerHook.
 
-    KV payloads are [layers][key, value][tokens][heads][head_dim] in the layout's dtype, little
-    endian: `num_layers * num_tokens * bytes_per_token_layer` bytes.
+    KV payloads are as worker.proto says at `KvCodec`: tokens one after another, whatever the size
+    of the blocks that they come from or go to.
     """
 
     @property
@@ -87,6 +112,10 @@ class Runner(Protocol):
 
     @property
     def kv_layout(self) -> worker_pb2.KvLayout: ...
+
+    @property
+    def kv_codecs(self) -> tuple[KvCodec, ...]:
+        """What `export_kv` can write and `import_kv` can read; raw is always among them."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -99,23 +128,24 @@ class Runner(Protocol):
         """Computes one step: writes the KV of every scheduled token, samples where asked. A batch
         without sequences computes no layer."""
 
+    def kv_payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
+        """Of the payload that stands for `part`: so many for each token of a layer's head. Raises
+        KvTransferError for a codec that is none of `kv_codecs`."""
+
     def export_kv(
-        self,
-        block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
-    ) -> bytes:
-        """A copy of the KV of tokens [token_start, token_start + num_tokens)."""
+        self, block_table: Seq[int], part: KvSlice, codec: KvCodec, payload: memoryview
+    ) -> int:
+        """Fills `payload`, of `kv_payload_bytes`; returns its CRC-32C."""
 
     def import_kv(
         self,
         block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
+        part: KvSlice,
+        codec: KvCodec,
         payload: memoryview,
+        checksum: int,
     ) -> None:
-        """Writes what `export_kv` gave. Raises KvTransferError on a wrong number of bytes."""
+        """Writes what `export_kv` gave. Raises KvTransferError for a codec that is none of
+        `kv_codecs` or a wrong number of bytes, and then writes nothing; and for a payload whose
+        CRC-32C is not `checksum`, after which the part holds zeros: KV memory never holds numbers
+        that nobody computed, which could be no numbers at all."""

@@ -16,10 +16,13 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+from crc32c import crc32c
 
 from forebay.core.errors import KvTransferError
+from forebay.core.kv_codec import KvCodec
 from forebay.engine.interface import (
     Batch,
+    KvSlice,
     LayerHook,
     SampledToken,
     ScheduledSequence,
@@ -100,6 +103,10 @@ class SimRunner:
         return self._layout
 
     @property
+    def kv_codecs(self) -> tuple[KvCodec, ...]:
+        return (KvCodec.RAW,)
+
+    @property
     def num_blocks(self) -> int:
         return self._num_blocks
 
@@ -120,32 +127,38 @@ class SimRunner:
         tokens = tuple(self._sample(item) if item.choices else () for item in batch.sequences)
         return StepResult(tokens, self._profile.step(batch) * self._time_scale)
 
+    def kv_payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
+        if codec is not KvCodec.RAW:
+            raise KvTransferError(f"the sim engine's KV has no codec {codec}: digests stay whole")
+        return part.num_layers * part.num_tokens * part.num_heads * DIGEST_BYTES
+
     def export_kv(
-        self,
-        block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
-    ) -> bytes:
-        blocks, slots = self._slots(block_table, token_start, num_tokens)
-        return self._memory[layer_start : layer_start + num_layers, blocks, slots].tobytes()
+        self, block_table: Seq[int], part: KvSlice, codec: KvCodec, payload: memoryview
+    ) -> int:
+        assert payload.nbytes == self.kv_payload_bytes(part, codec)
+        blocks, slots = self._slots(block_table, part.token_start, part.num_tokens)
+        digests = self._memory[part.layer_start : part.layer_end, blocks, slots]
+        np.frombuffer(payload, dtype=np.uint64)[:] = digests.reshape(-1)
+        return crc32c(payload)
 
     def import_kv(
         self,
         block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
+        part: KvSlice,
+        codec: KvCodec,
         payload: memoryview,
+        checksum: int,
     ) -> None:
-        expected = num_layers * num_tokens * DIGEST_BYTES
-        if len(payload) != expected:
-            raise KvTransferError(f"KV frame of {len(payload)} bytes where {expected} belong")
-        blocks, slots = self._slots(block_table, token_start, num_tokens)
-        digests = np.frombuffer(payload, dtype=np.uint64).reshape(num_layers, num_tokens)
-        self._memory[layer_start : layer_start + num_layers, blocks, slots] = digests
+        expected = self.kv_payload_bytes(part, codec)
+        if payload.nbytes != expected:
+            raise KvTransferError(f"KV payload of {payload.nbytes} bytes where {expected} belong")
+        is_whole = crc32c(payload) == checksum
+        blocks, slots = self._slots(block_table, part.token_start, part.num_tokens)
+        digests = np.frombuffer(payload, dtype=np.uint64).reshape(part.num_layers, part.num_tokens)
+        memory = self._memory[part.layer_start : part.layer_end]
+        memory[:, blocks, slots] = digests if is_whole else 0
+        if not is_whole:
+            raise KvTransferError("a KV payload is corrupt: its checksum differs")
 
     def _slots(
         self, block_table: Seq[int], start: int, num_tokens: int

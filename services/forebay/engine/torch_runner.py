@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from forebay.core.errors import ConfigurationError, KvTransferError, ModelFileError
-from forebay.engine.inputs import build_inputs, slot_range
-from forebay.engine.interface import Batch, LayerHook, SampledToken, StepResult
+from forebay.core.errors import ConfigurationError, ModelFileError
+from forebay.core.kv_codec import KvCodec
+from forebay.engine.inputs import build_inputs
+from forebay.engine.interface import Batch, KvSlice, LayerHook, SampledToken, StepResult
+from forebay.engine.kv_memory import KvMemory
 from forebay.engine.models.llama import LlamaModel, load_llama
 from forebay.engine.sampler import sample
 from forebay.engine.weights.checkpoint import open_checkpoint
@@ -50,13 +49,15 @@ class TorchRunner:
         self._tokenizer_spec = tokenizer.to_bytes()
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._kv = _zeroed_kv(
-            (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim),
-            model.dtype,
-            model.device,
+        self._kv = KvMemory(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
         )
-        self._layer_caches = [(layer[0], layer[1]) for layer in self._kv]
-        self._kv_slots = self._kv.flatten(2, 3)
         self._model = worker_pb2.ModelInfo(
             id=model_id,
             revision=revision,
@@ -87,6 +88,10 @@ class TorchRunner:
         return self._layout
 
     @property
+    def kv_codecs(self) -> tuple[KvCodec, ...]:
+        return (KvCodec.RAW, KvCodec.FP8)
+
+    @property
     def num_blocks(self) -> int:
         return self._num_blocks
 
@@ -98,13 +103,13 @@ class TorchRunner:
         """Raises InternalError when the logits of a sequence are not finite."""
         with torch.inference_mode():
             if batch.block_copies:
-                self._copy_blocks(batch.block_copies)
+                self._kv.copy_blocks(batch.block_copies)
             if not batch.sequences:
                 return StepResult(())
             inputs = build_inputs(
                 batch, self._block_size, self._network.dtype, self._network.device
             )
-            hidden = self._network.forward(inputs, self._layer_caches, on_layer)
+            hidden = self._network.forward(inputs, self._kv.layers, on_layer)
             tokens: list[tuple[SampledToken, ...]] = [()] * len(batch.sequences)
             if inputs.sampled:
                 sampled = sample(
@@ -114,48 +119,25 @@ class TorchRunner:
                     tokens[i] = drawn
             return StepResult(tuple(tokens))
 
+    def kv_payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
+        return self._kv.payload_bytes(part, codec)
+
     def export_kv(
-        self,
-        block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
-    ) -> bytes:
+        self, block_table: Seq[int], part: KvSlice, codec: KvCodec, payload: memoryview
+    ) -> int:
         with torch.inference_mode():
-            layers = self._kv_slots.narrow(0, layer_start, num_layers)
-            slots = self._slots(block_table, token_start, num_tokens)
-            # As bytes because numpy knows no bfloat16.
-            return layers.index_select(2, slots).view(torch.uint8).cpu().numpy().tobytes()
+            return self._kv.pack(block_table, part, codec, payload)
 
     def import_kv(
         self,
         block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
+        part: KvSlice,
+        codec: KvCodec,
         payload: memoryview,
+        checksum: int,
     ) -> None:
-        expected = num_layers * num_tokens * self._layout.bytes_per_token_layer
-        if payload.nbytes != expected:
-            raise KvTransferError(f"KV payload of {payload.nbytes} bytes where {expected} belong")
         with torch.inference_mode():
-            layers = self._kv_slots.narrow(0, layer_start, num_layers)
-            slots = self._slots(block_table, token_start, num_tokens)
-            shape = (*layers.shape[:2], num_tokens, *layers.shape[3:])
-            staging = torch.empty(shape, dtype=layers.dtype)
-            staging.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(payload, np.uint8)
-            layers.index_copy_(2, slots, staging.to(layers.device))
-
-    def _slots(self, block_table: Seq[int], token_start: int, num_tokens: int) -> Tensor:
-        end = token_start + num_tokens
-        slots = slot_range(block_table, token_start, end, self._block_size)
-        return torch.tensor(slots, dtype=torch.int64).to(self._kv.device)
-
-    def _copy_blocks(self, block_copies: Seq[tuple[int, int]]) -> None:
-        sources, destinations = torch.tensor(block_copies, dtype=torch.int64).to(self._kv.device).T
-        self._kv.index_copy_(2, destinations, self._kv.index_select(2, sources))
+            self._kv.unpack(block_table, part, codec, payload, checksum)
 
 
 def load_torch_runner(
@@ -207,21 +189,6 @@ def load_torch_runner(
         block_size=block_size,
         max_model_len=longest,
     )
-
-
-def _zeroed_kv(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because a masked slot that was never written must not hold a NaN (0 * NaN is NaN).
-    On the CPU through numpy, whose zeros take no memory before they are written; torch's do.
-    Raises ConfigurationError when the device has not that much."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    try:
-        if device.type == "cpu":
-            return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
-        return torch.zeros(shape, dtype=dtype, device=device)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ConfigurationError(
-            f"{num_bytes} bytes for KV are more than the {device.type} device has left"
-        ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -206,6 +206,7 @@ class Placer:
             lease_id=lease.lease_id,
             epoch=lease.epoch,
             start_token=lease.num_cached_tokens,
+            kv_codecs=decode.description.kv_codecs,
         )
 
     async def _start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from forebay.core.finish import FinishReason
+from forebay.core.kv_codec import KvCodec
 from forebay.core.roles import WorkerRole
 from forebay.core.sampling import SamplingParams
 from forebay.rpc.v1 import inference_pb2, worker_pb2
@@ -39,6 +40,11 @@ _ROLE_TO_PROTO: dict[WorkerRole, worker_pb2.WorkerRole.ValueType] = {
     WorkerRole.MIXED: worker_pb2.WORKER_ROLE_MIXED,
 }
 _ROLE_FROM_PROTO = {value: key for key, value in _ROLE_TO_PROTO.items()}
+_CODEC_TO_PROTO: dict[KvCodec, worker_pb2.KvCodec.ValueType] = {
+    KvCodec.RAW: worker_pb2.KV_CODEC_RAW,
+    KvCodec.FP8: worker_pb2.KV_CODEC_FP8,
+}
+_CODEC_FROM_PROTO = {value: key for key, value in _CODEC_TO_PROTO.items()}
 
 
 def sampling_to_proto(params: SamplingParams) -> inference_pb2.SamplingParams:
@@ -76,6 +82,15 @@ def finish_to_proto(reason: FinishReason | None) -> inference_pb2.FinishReason.V
 def finish_from_proto(value: inference_pb2.FinishReason.ValueType) -> FinishReason | None:
     """None while the choice goes on."""
     return _FINISH_FROM_PROTO.get(value)
+
+
+def codec_to_proto(codec: KvCodec) -> worker_pb2.KvCodec.ValueType:
+    return _CODEC_TO_PROTO[codec]
+
+
+def codec_from_proto(value: worker_pb2.KvCodec.ValueType) -> KvCodec:
+    """Raises KeyError for a codec that this version does not know."""
+    return _CODEC_FROM_PROTO[value]
 
 
 def role_to_proto(role: WorkerRole) -> worker_pb2.WorkerRole.ValueType:

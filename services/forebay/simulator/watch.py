@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from forebay.engine.interface import Batch, LayerHook, Runner, StepResult
+from forebay.core.kv_codec import KvCodec
+from forebay.engine.interface import Batch, KvSlice, LayerHook, Runner, StepResult
 from forebay.engine.sequence import RequestKey
 from forebay.kv.block_pool import Holder
 from forebay.kv.leases import Lease
@@ -43,6 +44,10 @@ class WatchedRunner:
         return self._runner.kv_layout
 
     @property
+    def kv_codecs(self) -> tuple[KvCodec, ...]:
+        return self._runner.kv_codecs
+
+    @property
     def num_blocks(self) -> int:
         return self._runner.num_blocks
 
@@ -54,31 +59,28 @@ class WatchedRunner:
         self._check_batch(batch)
         return self._runner.run(batch, on_layer)
 
+    def kv_payload_bytes(self, part: KvSlice, codec: KvCodec) -> int:
+        return self._runner.kv_payload_bytes(part, codec)
+
     def export_kv(
-        self,
-        block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
-    ) -> bytes:
+        self, block_table: Seq[int], part: KvSlice, codec: KvCodec, payload: memoryview
+    ) -> int:
         held = self._pool_refs(Holder.SEQUENCE)
-        for block in self._blocks(block_table, token_start, num_tokens):
+        for block in self._blocks(block_table, part):
             if not held[block]:
                 raise Violation(f"I3: KV is read from block {block}, which no sequence holds")
-        return self._runner.export_kv(block_table, token_start, num_tokens, layer_start, num_layers)
+        return self._runner.export_kv(block_table, part, codec, payload)
 
     def import_kv(
         self,
         block_table: Seq[int],
-        token_start: int,
-        num_tokens: int,
-        layer_start: int,
-        num_layers: int,
+        part: KvSlice,
+        codec: KvCodec,
         payload: memoryview,
+        checksum: int,
     ) -> None:
         worker = self._known_worker
-        blocks = self._blocks(block_table, token_start, num_tokens)
+        blocks = self._blocks(block_table, part)
         lease = self._lease_of(block_table)
         if lease is None:
             raise Violation(f"I3: a write lands in blocks {list(blocks)}, which no lease holds")
@@ -92,9 +94,7 @@ class WatchedRunner:
         root = self._root(lease.owner)
         for block in blocks:
             self._root_of_block[block] = root
-        self._runner.import_kv(
-            block_table, token_start, num_tokens, layer_start, num_layers, payload
-        )
+        self._runner.import_kv(block_table, part, codec, payload, checksum)
 
     @property
     def _known_worker(self) -> Worker:
@@ -112,9 +112,9 @@ class WatchedRunner:
     def _pool_refs(self, holder: Holder) -> list[int]:
         return self._known_worker.engine.pool._refs[holder]
 
-    def _blocks(self, block_table: Seq[int], token_start: int, num_tokens: int) -> Seq[int]:
+    def _blocks(self, block_table: Seq[int], part: KvSlice) -> Seq[int]:
         size = self._runner.kv_layout.block_size
-        return block_table[token_start // size : -(-(token_start + num_tokens) // size)]
+        return block_table[part.token_start // size : -(-part.token_end // size)]
 
     def _root(self, key: RequestKey) -> bytes:
         request = self._known_worker._requests.get(key)

@@ -1,22 +1,37 @@
 """KV frames on the wire: `PushRequest` messages put together and taken apart by hand, so that a
 payload of a megabyte never becomes a protobuf field object.
 
-The bytes are exactly those of kv_transfer.proto; any protobuf implementation reads them.
+The bytes say what kv_transfer.proto says; any protobuf implementation reads them.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from crc32c import crc32c
 from google.protobuf.message import DecodeError
 
 from forebay.core.errors import KvTransferError
+from forebay.engine.interface import KvSlice
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PAYLOAD_TAG = 0x12  # field 2
 _COMMIT_TAG = 0x1A  # field 3
+_CRC32C_TAG = 0x6D  # KvFrameHeader's field 13, four bytes
+
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_address_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(
+    ("PyBytes_AsString", ctypes.pythonapi)
+)
+_view_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +41,38 @@ class Frame:
     header: kv_transfer_pb2.KvFrameHeader
     payload: memoryview
 
-
-@dataclass(frozen=True, slots=True)
-class FrameSlice:
-    """Which part of a prompt's KV one frame carries."""
-
-    layer_start: int
-    num_layers: int
-    token_start: int
-    num_tokens: int
-
     @property
-    def layer_end(self) -> int:
-        return self.layer_start + self.num_layers
-
-    @property
-    def token_end(self) -> int:
-        return self.token_start + self.num_tokens
+    def part(self) -> KvSlice:
+        header = self.header
+        return KvSlice(
+            layer_start=header.layer_start,
+            num_layers=header.num_layers,
+            token_start=header.token_start,
+            num_tokens=header.num_tokens,
+            head_start=header.head_start,
+            num_heads=header.num_heads,
+        )
 
 
 def plan_frames(
-    layout: worker_pb2.KvLayout, token_start: int, num_tokens: int, max_bytes: int
-) -> list[FrameSlice]:
-    """Cuts tokens [token_start, token_start + num_tokens) of all layers into frames of at most
-    `max_bytes` (but at least one token of one layer): groups of whole layers where they fit."""
+    layout: worker_pb2.KvLayout, token_bytes: int, token_start: int, num_tokens: int, max_bytes: int
+) -> list[KvSlice]:
+    """Cuts tokens [token_start, token_start + num_tokens) of all layers and heads into frames of at
+    most `max_bytes` (but at least one token of one layer): groups of whole layers where they fit.
+    `token_bytes`: what one token of one layer takes."""
     if num_tokens == 0:
         return []
-    layer_bytes = num_tokens * layout.bytes_per_token_layer
-    layers_each = max(1, max_bytes // layer_bytes)
-    tokens_each = min(num_tokens, max(1, max_bytes // layout.bytes_per_token_layer))
+    layers_each = max(1, max_bytes // (num_tokens * token_bytes))
+    tokens_each = min(num_tokens, max(1, max_bytes // token_bytes))
     end = token_start + num_tokens
     return [
-        FrameSlice(
-            layer, min(layers_each, layout.num_layers - layer), token, min(tokens_each, end - token)
+        KvSlice(
+            layer_start=layer,
+            num_layers=min(layers_each, layout.num_layers - layer),
+            token_start=token,
+            num_tokens=min(tokens_each, end - token),
+            head_start=0,
+            num_heads=layout.num_kv_heads,
         )
         for layer in range(0, layout.num_layers, layers_each)
         for token in range(token_start, end, tokens_each)
@@ -73,18 +87,23 @@ def chained(checksum: int, *values: int) -> int:
     return checksum
 
 
-def encode_frame(header: kv_transfer_pb2.KvFrameHeader, payload: bytes) -> bytes:
-    head = header.SerializeToString()
-    return b"".join(
-        (
-            bytes((_HEADER_TAG,)),
-            _varint(len(head)),
-            head,
-            bytes((_PAYLOAD_TAG,)),
-            _varint(len(payload)),
-            payload,
-        )
-    )
+def encode_frame(
+    header: kv_transfer_pb2.KvFrameHeader, num_bytes: int, fill: Callable[[memoryview], int]
+) -> tuple[bytes, int]:
+    """A frame with a payload of `num_bytes`, which `fill` writes where it belongs in the message,
+    and its CRC-32C, which `fill` returns and which becomes the header's: that comes in without.
+    No byte of the payload is copied. What `fill` raises goes on to the caller."""
+    assert not header.crc32c
+    fields = header.SerializeToString()
+    crc_field = bytes((_CRC32C_TAG, 0, 0, 0, 0))
+    before = bytes((_HEADER_TAG,)) + _varint(len(fields) + len(crc_field)) + fields
+    head = before + crc_field + bytes((_PAYLOAD_TAG,)) + _varint(num_bytes)
+    message, view = _unwritten(len(head) + num_bytes)
+    view[: len(head)] = head
+    checksum = fill(view[len(head) :])
+    crc_at = len(before) + 1
+    view[crc_at : crc_at + 4] = checksum.to_bytes(4, "little")
+    return message, checksum
 
 
 def encode_commit(commit: kv_transfer_pb2.KvCommit) -> bytes:
@@ -106,6 +125,14 @@ def decode_message(data: bytes) -> Frame | kv_transfer_pb2.KvCommit:
     except (IndexError, DecodeError) as error:
         raise KvTransferError("KV message is malformed") from error
     raise KvTransferError("KV message is neither a frame nor a commit")
+
+
+def _unwritten(size: int) -> tuple[bytes, memoryview]:
+    """`bytes`, which gRPC wants, whose content is the caller's to write before anybody else sees
+    the object: what PyBytes_FromStringAndSize is for. The view must not outlive it."""
+    message: bytes = _new_bytes(None, size)
+    view: memoryview = _view_at(_address_of(message), size, _WRITABLE)
+    return message, view
 
 
 def _varint(value: int) -> bytes:

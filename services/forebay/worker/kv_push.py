@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from crc32c import crc32c
-
 from forebay.core import clock
 from forebay.core.executor import Executor
-from forebay.engine.interface import Batch, LayerHook, Runner
+from forebay.core.kv_codec import KvCodec
+from forebay.engine.interface import Batch, KvSlice, LayerHook, Runner
 from forebay.engine.sequence import Sequence
+from forebay.rpc.conversions import codec_to_proto
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
-from forebay.worker.frames import FrameSlice, chained, encode_commit, encode_frame, plan_frames
+from forebay.worker.frames import chained, encode_commit, encode_frame, plan_frames
 
 MAX_FRAMES_AHEAD = 8
 """Encoded frames of one push that may wait for the network. The rest stays in the KV memory, where
@@ -31,7 +31,7 @@ class Extent:
     start: int
     end: int
 
-    def covers(self, part: FrameSlice, num_layers: int) -> bool:
+    def covers(self, part: KvSlice, num_layers: int) -> bool:
         """num_layers: how many the step has gone through."""
         return part.token_end <= (self.end if part.layer_end <= num_layers else self.start)
 
@@ -51,6 +51,7 @@ class FrameReader:
         self,
         runner: Runner,
         target: worker_pb2.TransferTarget,
+        codec: KvCodec,
         max_frame_bytes: int,
         protocol_version: int,
     ) -> None:
@@ -59,9 +60,12 @@ class FrameReader:
         self.checksum = 0
         self._runner = runner
         self._target = target
+        self._codec = codec
         self._max_frame_bytes = max_frame_bytes
         self._protocol_version = protocol_version
-        self._plan: deque[FrameSlice] = deque()
+        one_token = KvSlice(0, 1, 0, 1, 0, runner.kv_layout.num_kv_heads)
+        self._token_bytes = runner.kv_payload_bytes(one_token, codec)
+        self._plan: deque[KvSlice] = deque()
         self._planned_end = target.start_token
 
     @property
@@ -75,6 +79,7 @@ class FrameReader:
                 self._plan.extend(
                     plan_frames(
                         self._runner.kv_layout,
+                        self._token_bytes,
                         self._planned_end,
                         end - self._planned_end,
                         self._max_frame_bytes,
@@ -85,29 +90,31 @@ class FrameReader:
             return None
         return self._encode(extent.block_table, self._plan.popleft())
 
-    def _encode(self, block_table: list[int], part: FrameSlice) -> bytes:
-        payload = self._runner.export_kv(
-            block_table, part.token_start, part.num_tokens, part.layer_start, part.num_layers
-        )
-        layout = self._runner.kv_layout
+    def _encode(self, block_table: list[int], part: KvSlice) -> bytes:
         header = kv_transfer_pb2.KvFrameHeader(
             lease_id=self._target.lease_id,
             epoch=self._target.epoch,
             frame=self.num_frames,
-            layout=layout,
-            codec=kv_transfer_pb2.KV_CODEC_RAW,
-            num_heads=layout.num_kv_heads,
+            layout=self._runner.kv_layout,
+            codec=codec_to_proto(self._codec),
             layer_start=part.layer_start,
             num_layers=part.num_layers,
+            head_start=part.head_start,
+            num_heads=part.num_heads,
             token_start=part.token_start,
             num_tokens=part.num_tokens,
-            crc32c=crc32c(payload),
             protocol_version=self._protocol_version,
         )
+        num_bytes = self._runner.kv_payload_bytes(part, self._codec)
+        message, checksum = encode_frame(
+            header,
+            num_bytes,
+            lambda payload: self._runner.export_kv(block_table, part, self._codec, payload),
+        )
         self.num_frames += 1
-        self.num_bytes += len(payload)
-        self.checksum = chained(self.checksum, header.crc32c)
-        return encode_frame(header, payload)
+        self.num_bytes += num_bytes
+        self.checksum = chained(self.checksum, checksum)
+        return message
 
 
 class KvPush:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from forebay.core.errors import InvalidRequest
 from forebay.core.executor import Executor
+from forebay.core.kv_codec import KvCodec
 from forebay.core.randomness import Rng
 from forebay.engine.engine import Engine
 from forebay.engine.interface import Batch, LayerHook
@@ -34,6 +35,7 @@ class KvTraffic:
         connector: Connector,
         rng: Rng,
         *,
+        codec: KvCodec,
         max_frame_bytes: int,
         protocol_version: int,
         on_transfer_end: Callable[[WorkerRequest, str | None], None],
@@ -44,7 +46,7 @@ class KvTraffic:
         self._on_change = on_change
         self._transport = ConnectorKvTransport(connector)
         self._sender = KvSender(
-            engine.runner, executor, self._transport, max_frame_bytes, protocol_version
+            engine.runner, executor, self._transport, codec, max_frame_bytes, protocol_version
         )
         self.transfers = Transfers(engine, self._sender, on_transfer_end)
         self.prefix_sends = PrefixSends(

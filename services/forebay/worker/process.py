@@ -19,6 +19,7 @@ from forebay.store.redis_kv_events import RedisKvEventSink
 from forebay.store.redis_registry import RedisRegistry
 from forebay.store.registry import Registry
 from forebay.worker.kv_publisher import KvPublisher
+from forebay.worker.malloc import keep_freed_memory
 from forebay.worker.thread_executor import ThreadExecutor
 from forebay.worker.worker import Worker
 
@@ -50,6 +51,7 @@ class WorkerProcess:
         """Loads the model, listens, registers. Raises ConfigurationError, ModelFileError, or
         Unavailable without Redis."""
         settings = self._settings
+        keep_freed_memory()
         runner = await self._executor.run(load_runner, settings.engine)
         worker = Worker(settings, runner, self._executor, GrpcConnector(), Rng())
         publisher = self._publisher = KvPublisher(

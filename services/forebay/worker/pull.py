@@ -21,6 +21,7 @@ from forebay.engine.sequence import RequestKey
 from forebay.kv.block_hash import HashChain
 from forebay.kv.block_pool import OutOfBlocks
 from forebay.kv.leases import Lease, LeaseTable
+from forebay.rpc.conversions import codec_to_proto
 from forebay.rpc.v1 import worker_pb2
 from forebay.worker.requests import WorkerRequest
 
@@ -133,7 +134,11 @@ class Pulls:
         hashes = HashChain(start.cache_root, pool.block_size).upto(start.tokens, num_tokens)
         if self._are_here(hashes):
             return False
-        target = worker_pb2.TransferTarget(address=address, epoch=self._leases.epoch)
+        target = worker_pb2.TransferTarget(
+            address=address,
+            epoch=self._leases.epoch,
+            kv_codecs=[codec_to_proto(codec) for codec in self._engine.runner.kv_codecs],
+        )
         message = worker_pb2.SendPrefixRequest(
             cache_root=start.cache_root,
             token_ids=start.tokens[: len(hashes) * pool.block_size],

@@ -16,14 +16,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from crc32c import crc32c
+import numpy as np
+import numpy.typing as npt
 
 from forebay.core.clock import Deadline
 from forebay.core.errors import KvTransferError, Unavailable
 from forebay.core.executor import Executor
-from forebay.engine.interface import Runner
+from forebay.core.kv_codec import KvCodec
+from forebay.engine.interface import KvSlice, Runner
 from forebay.engine.sequence import Sequence
 from forebay.kv.leases import Lease, LeaseTable
+from forebay.rpc import conversions
 from forebay.rpc.connector import Channel, Connector
 from forebay.rpc.methods import KV_PUSH, SEND_PREFIX
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
@@ -95,26 +98,37 @@ class ConnectorKvTransport:
 
 
 class KvSender:
-    """Pushes KV out of the runner's memory. `num_bytes`: of pushes that were committed."""
+    """Pushes KV out of the runner's memory, written down with `codec` where the target takes that,
+    else raw. `num_bytes`: of pushes that were committed."""
 
     def __init__(
         self,
         runner: Runner,
         executor: Executor,
         transport: KvTransport,
+        codec: KvCodec,
         max_frame_bytes: int,
         protocol_version: int,
     ) -> None:
+        assert codec in runner.kv_codecs
         self.num_bytes = 0
         self._runner = runner
         self._executor = executor
         self._transport = transport
+        self._codec = codec
         self._max_frame_bytes = max_frame_bytes
         self._protocol_version = protocol_version
 
     def open(self, sequence: Sequence, target: worker_pb2.TransferTarget) -> KvPush:
         """A push of all of `sequence`'s tokens from target.start_token on, not begun yet."""
-        reader = FrameReader(self._runner, target, self._max_frame_bytes, self._protocol_version)
+        takes_it = conversions.codec_to_proto(self._codec) in target.kv_codecs
+        reader = FrameReader(
+            self._runner,
+            target,
+            self._codec if takes_it else KvCodec.RAW,
+            self._max_frame_bytes,
+            self._protocol_version,
+        )
         return KvPush(reader, self._executor, target, sequence)
 
     async def send(self, push: KvPush, deadline: Deadline) -> None:
@@ -138,10 +152,11 @@ class KvSender:
 
 @dataclass(slots=True)
 class _Progress:
-    """What has arrived for one lease. next_token: per layer, the first token still missing."""
+    """What has arrived for one lease. next_token: per layer and head, the first token still
+    missing."""
 
     lease: Lease
-    next_token: list[int]
+    next_token: npt.NDArray[np.int64]
     checksum: int = 0
     num_frames: int = 0
     num_bytes: int = 0
@@ -205,8 +220,9 @@ class KvReceiver:
         if lease.lease_id in self._under_way:
             raise KvTransferError("another push for this lease is under way")
         self._under_way.add(lease.lease_id)
-        start = [lease.num_cached_tokens] * self._runner.kv_layout.num_layers
-        return _Progress(lease, start)
+        layout = self._runner.kv_layout
+        shape = (layout.num_layers, layout.num_kv_heads)
+        return _Progress(lease, np.full(shape, lease.num_cached_tokens, np.int64))
 
     async def _take_frame(self, progress: _Progress, frame: Frame) -> None:
         header = frame.header
@@ -218,48 +234,58 @@ class KvReceiver:
         if header.frame < progress.num_frames:
             self.num_duplicates += 1
             return
-        self._check_frame(progress, header)
+        part, codec = frame.part, _codec_of(header)
+        self._check_frame(progress, header, part)
         lease = progress.lease
         self._leases.begin_write(lease)
         try:
-            await self._executor.run(self._import, lease.block_table, frame)
+            await self._executor.run(
+                self._runner.import_kv,
+                lease.block_table,
+                part,
+                codec,
+                frame.payload,
+                header.crc32c,
+            )
         finally:
             self._leases.end_write(lease)
-        for layer in range(header.layer_start, header.layer_start + header.num_layers):
-            progress.next_token[layer] += header.num_tokens
+        _covered(progress.next_token, part)[...] = part.token_end
         progress.checksum = chained(progress.checksum, header.crc32c)
         progress.num_frames += 1
         progress.num_bytes += len(frame.payload)
         self.num_bytes += len(frame.payload)
 
-    def _check_frame(self, progress: _Progress, header: kv_transfer_pb2.KvFrameHeader) -> None:
+    def _check_frame(
+        self, progress: _Progress, header: kv_transfer_pb2.KvFrameHeader, part: KvSlice
+    ) -> None:
         layout = self._runner.kv_layout
-        layers = range(header.layer_start, header.layer_start + header.num_layers)
-        if header.layout != layout:
+        if not _same_but_for_blocks(header.layout, layout):
             raise KvTransferError("the sender's KV layout is not this worker's")
-        if header.codec != kv_transfer_pb2.KV_CODEC_RAW:
-            raise KvTransferError(f"unknown KV codec {header.codec}")
         if header.source_rank != 0:
             raise KvTransferError(f"a frame of rank {header.source_rank}; there is only rank 0")
-        if header.head_start != 0 or header.num_heads != layout.num_kv_heads:
-            raise KvTransferError("the frame does not carry all heads")
         if header.frame != progress.num_frames:
             raise KvTransferError(f"frame {header.frame} where {progress.num_frames} belongs")
-        if not layers or layers[-1] >= layout.num_layers:
-            raise KvTransferError(f"the frame's layers {layers} are not the model's")
-        if header.num_tokens == 0:
+        if part.num_layers == 0 or part.layer_end > layout.num_layers:
+            raise KvTransferError(
+                f"layers {part.layer_start} to {part.layer_end} of {layout.num_layers}"
+            )
+        if part.num_heads == 0 or part.head_end > layout.num_kv_heads:
+            raise KvTransferError(
+                f"KV heads {part.head_start} to {part.head_end} of {layout.num_kv_heads}"
+            )
+        if part.num_tokens == 0:
             raise KvTransferError("the frame carries no tokens")
-        if any(progress.next_token[layer] != header.token_start for layer in layers):
-            raise KvTransferError(f"the frame starts at token {header.token_start}, out of order")
-        if header.token_start + header.num_tokens > progress.lease.num_tokens:
+        if (_covered(progress.next_token, part) != part.token_start).any():
+            raise KvTransferError(f"the frame starts at token {part.token_start}, out of order")
+        if part.token_end > progress.lease.num_tokens:
             raise KvTransferError("the frame reaches past the leased prompt")
 
     def _take_commit(self, progress: _Progress, commit: kv_transfer_pb2.KvCommit) -> None:
         """Once per lease: it ends with it, and a later commit finds none."""
         lease = progress.lease
         first_tokens = [(first.choice, first.token_id) for first in commit.first_tokens]
-        num_tokens = progress.next_token[0] if lease.is_prefix else lease.num_tokens
-        if any(token != num_tokens for token in progress.next_token):
+        num_tokens = int(progress.next_token[0, 0]) if lease.is_prefix else lease.num_tokens
+        if (progress.next_token != num_tokens).any():
             raise KvTransferError("commit before all of the KV has arrived")
         checksum = chained(progress.checksum, *(n for first in first_tokens for n in first))
         counted = (progress.num_frames, progress.num_bytes, checksum)
@@ -272,15 +298,21 @@ class KvReceiver:
         else:
             self._on_commit(lease, first_tokens)
 
-    def _import(self, block_table: list[int], frame: Frame) -> None:
-        header = frame.header
-        if crc32c(frame.payload) != header.crc32c:
-            raise KvTransferError(f"KV frame {header.frame} is corrupt: checksum differs")
-        self._runner.import_kv(
-            block_table,
-            header.token_start,
-            header.num_tokens,
-            header.layer_start,
-            header.num_layers,
-            frame.payload,
-        )
+
+def _codec_of(header: kv_transfer_pb2.KvFrameHeader) -> KvCodec:
+    try:
+        return conversions.codec_from_proto(header.codec)
+    except KeyError:
+        raise KvTransferError(f"unknown KV codec {header.codec}") from None
+
+
+def _same_but_for_blocks(one: worker_pb2.KvLayout, other: worker_pb2.KvLayout) -> bool:
+    """Payloads are cut by tokens, not by blocks."""
+    copy = worker_pb2.KvLayout()
+    copy.CopyFrom(one)
+    copy.block_size = other.block_size
+    return copy == other
+
+
+def _covered(next_token: npt.NDArray[np.int64], part: KvSlice) -> npt.NDArray[np.int64]:
+    return next_token[part.layer_start : part.layer_end, part.head_start : part.head_end]

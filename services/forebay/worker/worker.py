@@ -10,7 +10,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 
 from forebay.core import clock
-from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unavailable
+from forebay.core.errors import (
+    ConfigurationError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from forebay.core.executor import Executor
 from forebay.core.randomness import Rng
 from forebay.core.settings import WorkerSettings
@@ -22,7 +28,7 @@ from forebay.kv.block_pool import OutOfBlocks
 from forebay.kv.leases import Lease, LeaseTable
 from forebay.rpc import methods
 from forebay.rpc.connector import Connector, Routes
-from forebay.rpc.conversions import role_to_proto
+from forebay.rpc.conversions import codec_to_proto, role_to_proto
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.worker.decode import Reservations
 from forebay.worker.engine_loop import EngineLoop
@@ -52,6 +58,11 @@ class Worker:
         rng: Rng,
         protocol_version: int = methods.PROTOCOL_VERSION,
     ) -> None:
+        """Raises ConfigurationError for a codec that the runner's KV does not have."""
+        if settings.kv_codec not in runner.kv_codecs:
+            raise ConfigurationError(
+                f"kv_codec: the {runner.model.engine} engine's KV has no {settings.kv_codec.value}"
+            )
         self.worker_id = rng.token(settings.role.value)
         self.epoch = rng.token("epoch")
         self.endpoint = ""
@@ -77,6 +88,7 @@ class Worker:
             executor,
             connector,
             rng,
+            codec=settings.kv_codec,
             max_frame_bytes=settings.kv_frame_kib * 1024,
             protocol_version=protocol_version,
             on_transfer_end=self._on_transfer_end,
@@ -176,6 +188,7 @@ class Worker:
             metrics_url=self.metrics_url,
             protocol_version=self._protocol_version,
             counters=counters,
+            kv_codecs=[codec_to_proto(codec) for codec in self._runner.kv_codecs],
         )
 
     async def describe(self, _: worker_pb2.DescribeRequest) -> worker_pb2.DescribeResponse:

@@ -60,6 +60,7 @@ def test_down_is_idempotent() -> None:
         ["up", "--prefill", "-1"],
         ["up", "--http-port", "99999"],
         ["up", "--engine", "magic"],
+        ["up", "--kv-codec", "zip"],
         ["chat", "hi", "--max-tokens", "0"],
         ["scale", "decode"],
         ["scale", "decode", "-1"],

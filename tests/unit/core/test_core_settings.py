@@ -42,9 +42,9 @@ def test_nothing_set_gives_the_defaults(group: type[Any]) -> None:
 
 @pytest.mark.parametrize(("group", "name", "variable"), variables())
 def test_every_field_is_read_from_its_variable(group: type[Any], name: str, variable: str) -> None:
-    text = "7" if is_number(group, name) else "decode"
+    text = "7" if is_number(group, name) else "fp8" if name == "kv_codec" else "decode"
     value = getattr(load(group, {variable: text}), name)
-    assert value in (7, "decode")
+    assert value in (7, "decode", "fp8")
     assert type(value) is not str or not is_number(group, name)
 
 
@@ -66,6 +66,12 @@ def test_every_bad_number_names_its_variable(
 def test_a_bad_role_names_its_variable(text: str) -> None:
     with pytest.raises(ConfigurationError, match="FOREBAY_WORKER_ROLE"):
         load(WorkerSettings, {"FOREBAY_WORKER_ROLE": text})
+
+
+@pytest.mark.parametrize("text", ["", "RAW", "fp16", "0"])
+def test_a_bad_codec_names_its_variable(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="FOREBAY_WORKER_KV_CODEC"):
+        load(WorkerSettings, {"FOREBAY_WORKER_KV_CODEC": text})
 
 
 def test_roles_are_read() -> None:

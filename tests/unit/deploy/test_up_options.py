@@ -43,6 +43,15 @@ def test_options_become_settings() -> None:
     assert plan.http_port == 9000
 
 
+def test_the_kv_codec_becomes_a_setting_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = make_plan(UpOptions(kv_codec="fp8")).environment
+    assert environment["FOREBAY_WORKER_KV_CODEC"] == "fp8"
+    monkeypatch.setenv("FOREBAY_WORKER_KV_CODEC", "fp9")
+    with pytest.raises(ConfigurationError, match="FOREBAY_WORKER_KV_CODEC: 'fp9'"):
+        make_plan(UpOptions())
+    assert make_plan(UpOptions(kv_codec="raw")).environment["FOREBAY_WORKER_KV_CODEC"] == "raw"
+
+
 def test_the_environment_counts_where_no_option_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREBAY_GATEWAY_HTTP_PORT", "7000")
     monkeypatch.setenv("FOREBAY_ENGINE_ENGINE", "sim")
@@ -74,6 +83,8 @@ def test_mixed_replaces_both_pools() -> None:
         (UpOptions(http_port=9, grpc_port=9), "both HTTP and gRPC"),
         (UpOptions(engine="magic"), "torch or sim"),
         (UpOptions(dtype="int1"), "fp32"),
+        (UpOptions(kv_codec="zip"), "FOREBAY_WORKER_KV_CODEC"),
+        (UpOptions(engine="sim", kv_codec="fp8"), "sim engine's KV is raw"),
         (UpOptions(mixed=1, prefill=2), "takes the place of"),
         (UpOptions(mixed=1, decode=1), "takes the place of"),
         (UpOptions(threads=99_999), "too many"),

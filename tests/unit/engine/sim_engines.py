@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine, Prefilled, StepOutcome
+from forebay.engine.interface import KvSlice
 from forebay.engine.profile import StepProfile
 from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.engine.sim import SimRunner
@@ -142,8 +144,11 @@ def adopt_from(
     except OutOfBlocks:
         return False
     start = lease.num_cached_tokens
-    part = (start, len(tokens) - start, 0, source.runner.kv_layout.num_layers)
-    payload = source.runner.export_kv(prefilled.sequence.block_table, *part)
-    target.runner.import_kv(lease.block_table, *part, memoryview(payload))
+    layers = source.runner.kv_layout.num_layers
+    part = KvSlice(0, layers, start, len(tokens) - start, 0, 1)
+    payload = memoryview(bytearray(source.runner.kv_payload_bytes(part, KvCodec.RAW)))
+    table = prefilled.sequence.block_table
+    checksum = source.runner.export_kv(table, part, KvCodec.RAW, payload)
+    target.runner.import_kv(lease.block_table, part, KvCodec.RAW, payload, checksum)
     target.adopt(job.start, leases.take(lease), list(prefilled.first_tokens))
     return True

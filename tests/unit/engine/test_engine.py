@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from crc32c import crc32c
 from sim_engines import (
     Answers,
     Job,
@@ -17,7 +18,9 @@ from sim_engines import (
 )
 
 from forebay.core.finish import FinishReason
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
+from forebay.engine.interface import KvSlice
 from forebay.engine.sequence import RequestKey, Status, finish_reason
 from forebay.kv.block_pool import Holder
 from forebay.kv.leases import LeaseTable
@@ -236,7 +239,8 @@ def test_kv_that_is_lost_changes_the_answer() -> None:
     answers = Answers()
     step(engine, answers)
     table = engine.sequences(one.key)[0].block_table
-    engine.runner.import_kv(table, 2, 1, 1, 1, memoryview(bytes(8)))
+    part, zeros = KvSlice(1, 1, 2, 1, 0, 1), bytes(8)
+    engine.runner.import_kv(table, part, KvCodec.RAW, memoryview(zeros), crc32c(zeros))
     assert run_out(engine, answers).tokens != alone(one)
 
 

@@ -12,14 +12,17 @@ from tiny_models import (
     VOCAB_SIZE,
     Stream,
     advance,
+    kv_part,
     load_tiny,
     random_tokens,
+    read_kv,
     reference_greedy,
     reference_logits,
     save_tiny_llama,
     save_tokenizer,
     shuffled_table,
     step_logits,
+    write_kv,
 )
 from transformers import LlamaForCausalLM
 
@@ -142,9 +145,10 @@ def test_sampled_choices_fork_with_block_copies(folder: Path) -> None:
 def test_block_copies_read_every_source_before_they_write(folder: Path) -> None:
     runner = load_tiny(folder)
     advance(runner, Stream(random_tokens(32, seed=3), [1, 2]))
-    before = [runner.export_kv([block], 0, 16, 0, 3) for block in (1, 2)]
+    part = kv_part(runner, 0, 16)
+    before = [read_kv(runner, [block], part) for block in (1, 2)]
     assert runner.run(Batch((), block_copies=((1, 2), (2, 3)))) == StepResult(())
-    assert [runner.export_kv([block], 0, 16, 0, 3) for block in (2, 3)] == before
+    assert [read_kv(runner, [block], part) for block in (2, 3)] == before
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -159,10 +163,10 @@ def test_imported_kv_continues_bit_for_bit(folder: Path, dtype: str) -> None:
     per_token = source.kv_layout.bytes_per_token_layer
     for layer_start, num_layers in ((0, 2), (2, 1)):
         for token_start, num_tokens in ((30, 15), (0, 1), (1, 29)):
-            span = (token_start, num_tokens, layer_start, num_layers)
-            payload = source.export_kv(sent.table, *span)
+            part = kv_part(source, token_start, num_tokens, layer_start, num_layers)
+            payload = read_kv(source, sent.table, part)
             assert len(payload) == per_token * num_tokens * num_layers
-            target.import_kv(received.table, *span, memoryview(payload))
+            write_kv(target, received.table, part, payload)
     for _ in range(10):
         here, there = sent.next(), received.next()
         assert torch.equal(step_logits(source, here)[0], step_logits(target, there)[0])
@@ -175,13 +179,13 @@ def test_kv_payload_order_is_layers_kv_tokens_heads_dim(folder: Path) -> None:
     runner = load_tiny(folder, block_size=4)
     table = [3, 9, 1, 6]
     advance(runner, Stream(random_tokens(14, seed=4), table))
-    span = torch.frombuffer(bytearray(runner.export_kv(table, 3, 7, 1, 2)), dtype=torch.float32)
-    values = span.view(2, 2, 7, 2, 8)
+    payload = bytearray(read_kv(runner, table, kv_part(runner, 3, 7, 1, 2)))
+    values = torch.frombuffer(payload, dtype=torch.float32).view(2, 2, 7, 2, 8)
     for layer in range(2):
         for kind in range(2):
             for token in range(7):
                 block, offset = table[(3 + token) // 4], (3 + token) % 4
-                stored = runner._kv[1 + layer, kind, block, offset]
+                stored = runner._kv.cache[1 + layer, kind, block, offset]
                 assert torch.equal(values[layer, kind, token], stored)
     assert values.abs().min() > 0
 
@@ -189,10 +193,10 @@ def test_kv_payload_order_is_layers_kv_tokens_heads_dim(folder: Path) -> None:
 def test_import_touches_nothing_but_its_range(folder: Path) -> None:
     runner = load_tiny(folder, block_size=4)
     advance(runner, Stream(random_tokens(16, seed=4), [3, 9, 1, 6]))
-    before = runner._kv.clone()
+    before = runner._kv.cache.clone()
     payload = bytes(2 * 3 * runner.kv_layout.bytes_per_token_layer)
-    runner.import_kv([3, 9, 1, 6], 6, 3, 1, 2, memoryview(payload))
-    changed = (runner._kv != before).flatten(4).any(-1)
+    write_kv(runner, [3, 9, 1, 6], kv_part(runner, 6, 3, 1, 2), payload)
+    changed = (runner._kv.cache != before).flatten(4).any(-1)
     expected = torch.zeros_like(changed)
     expected[1:, :, 9, 2:] = True
     expected[1:, :, 1, 0] = True
@@ -202,11 +206,11 @@ def test_import_touches_nothing_but_its_range(folder: Path) -> None:
 @pytest.mark.parametrize("missing", [-1, 1])
 def test_a_kv_payload_of_another_length_is_refused(folder: Path, missing: int) -> None:
     runner = load_tiny(folder)
-    before = runner._kv.clone()
+    before = runner._kv.cache.clone()
     payload = bytes(5 * 3 * runner.kv_layout.bytes_per_token_layer - missing)
     with pytest.raises(KvTransferError, match="bytes"):
-        runner.import_kv([0], 0, 5, 0, 3, memoryview(payload))
-    assert torch.equal(runner._kv, before)
+        write_kv(runner, [0], kv_part(runner, 0, 5), payload)
+    assert torch.equal(runner._kv.cache, before)
 
 
 def test_not_finite_logits_are_an_error_not_a_token(folder: Path) -> None:
@@ -319,8 +323,8 @@ def test_a_layers_kv_is_whole_when_its_hook_is_called(folder: Path, chunk: int) 
 
         def on_layer(layer: int, item: ScheduledSequence = batch.sequences[0]) -> None:
             layers.append(layer)
-            part = (table, item.start, item.num_tokens, layer, 1)
-            assert hooked.export_kv(*part) == plain.export_kv(*part)
+            part = kv_part(plain, item.start, item.num_tokens, layer, 1)
+            assert read_kv(hooked, table, part) == read_kv(plain, table, part)
 
         stream.take(hooked.run(batch, on_layer).tokens[0])
     assert layers == list(range(num_layers)) * -(-40 // chunk)

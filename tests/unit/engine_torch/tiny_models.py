@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from crc32c import crc32c
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.engine.inputs import build_inputs
-from forebay.engine.interface import Batch, SampledToken, ScheduledSequence
+from forebay.engine.interface import Batch, KvSlice, Runner, SampledToken, ScheduledSequence
 from forebay.engine.torch_runner import TorchRunner, load_torch_runner
 
 VOCAB_SIZE = 97
@@ -25,6 +27,41 @@ ROPE_LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def kv_part(
+    runner: Runner,
+    token_start: int,
+    num_tokens: int,
+    layer_start: int = 0,
+    num_layers: int | None = None,
+) -> KvSlice:
+    """Of all heads, and by default of all layers."""
+    layout = runner.kv_layout
+    return KvSlice(
+        layer_start=layer_start,
+        num_layers=layout.num_layers if num_layers is None else num_layers,
+        token_start=token_start,
+        num_tokens=num_tokens,
+        head_start=0,
+        num_heads=layout.num_kv_heads,
+    )
+
+
+def read_kv(runner: Runner, table: list[int], part: KvSlice, codec: KvCodec = KvCodec.RAW) -> bytes:
+    payload = bytearray(runner.kv_payload_bytes(part, codec))
+    assert runner.export_kv(table, part, codec, memoryview(payload)) == crc32c(payload)
+    return bytes(payload)
+
+
+def write_kv(
+    runner: Runner,
+    table: list[int],
+    part: KvSlice,
+    payload: bytes,
+    codec: KvCodec = KvCodec.RAW,
+) -> None:
+    runner.import_kv(table, part, codec, memoryview(payload), crc32c(payload))
 
 
 def save_tiny_llama(folder: Path, *, shard_size: str = "1GB", **overrides: Any) -> LlamaForCausalLM:
@@ -100,7 +137,7 @@ def step_logits(runner: TorchRunner, *sequences: ScheduledSequence) -> list[torc
         Batch(sequences), runner.kv_layout.block_size, network.dtype, network.device
     )
     with torch.inference_mode():
-        logits = network.logits(network.forward(inputs, runner._layer_caches))
+        logits = network.logits(network.forward(inputs, runner._kv.layers))
     rows = dict(zip(inputs.sampled, logits, strict=True))
     return [rows[i] for i in range(len(sequences))]
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.core.finish import FinishReason
+from forebay.core.kv_codec import KvCodec
 from forebay.core.roles import WorkerRole
 from forebay.core.sampling import SamplingParams
 from forebay.rpc import conversions
@@ -61,6 +62,17 @@ def test_finish_reasons_come_back(reason: FinishReason | None) -> None:
 @pytest.mark.parametrize("role", WorkerRole)
 def test_roles_come_back(role: WorkerRole) -> None:
     assert conversions.role_from_proto(conversions.role_to_proto(role)) is role
+
+
+@pytest.mark.parametrize("codec", KvCodec)
+def test_codecs_come_back(codec: KvCodec) -> None:
+    assert conversions.codec_from_proto(conversions.codec_to_proto(codec)) is codec
+
+
+@pytest.mark.parametrize("value", [0, 99])
+def test_an_unknown_codec_is_a_key_error(value: int) -> None:
+    with pytest.raises(KeyError):
+        conversions.codec_from_proto(value)  # type: ignore[arg-type]
 
 
 def test_an_unknown_role_is_a_key_error() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from crc32c import crc32c
+
 from forebay.core.clock import Deadline
 from forebay.core.executor import Executor, InlineExecutor
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine, Prefilled
+from forebay.engine.interface import KvSlice, Runner
 from forebay.engine.profile import StepProfile
 from forebay.engine.sequence import RequestKey, SequenceStart
 from forebay.engine.sim import SimRunner
@@ -48,6 +52,41 @@ def sim_engine(num_blocks: int = 32, block_size: int = 4, max_batch_tokens: int 
     return Engine(runner, max_batch_tokens=max_batch_tokens, max_num_seqs=8)
 
 
+def kv_part(
+    runner: Runner,
+    token_start: int,
+    num_tokens: int,
+    layer_start: int = 0,
+    num_layers: int | None = None,
+) -> KvSlice:
+    """Of all heads, and by default of all layers."""
+    layout = runner.kv_layout
+    return KvSlice(
+        layer_start=layer_start,
+        num_layers=layout.num_layers if num_layers is None else num_layers,
+        token_start=token_start,
+        num_tokens=num_tokens,
+        head_start=0,
+        num_heads=layout.num_kv_heads,
+    )
+
+
+def read_kv(runner: Runner, table: list[int], part: KvSlice, codec: KvCodec = KvCodec.RAW) -> bytes:
+    payload = bytearray(runner.kv_payload_bytes(part, codec))
+    assert runner.export_kv(table, part, codec, memoryview(payload)) == crc32c(payload)
+    return bytes(payload)
+
+
+def write_kv(
+    runner: Runner,
+    table: list[int],
+    part: KvSlice,
+    payload: bytes,
+    codec: KvCodec = KvCodec.RAW,
+) -> None:
+    runner.import_kv(table, part, codec, memoryview(payload), crc32c(payload))
+
+
 async def as_iterator(messages: Messages) -> AsyncIterator[bytes]:
     for message in messages:
         yield message
@@ -75,7 +114,9 @@ class KvPair:
         self.prefixes: list[tuple[Lease, int]] = []
         self.alter: Callable[[Messages], Messages] | None = None
         self.before_message: Callable[[int], None] = lambda number: None
-        self.sender = KvSender(self.source.runner, InlineExecutor(), self, max_frame_bytes, VERSION)
+        self.sender = KvSender(
+            self.source.runner, InlineExecutor(), self, KvCodec.RAW, max_frame_bytes, VERSION
+        )
         self.receiver = KvReceiver(
             self.target.runner,
             executor or InlineExecutor(),
@@ -122,8 +163,7 @@ class KvPair:
         return messages
 
     def kv_of(self, engine: Engine, table: list[int]) -> bytes:
-        layers = engine.runner.kv_layout.num_layers
-        return engine.runner.export_kv(table, 0, len(self.prompt), 0, layers)
+        return read_kv(engine.runner, table, kv_part(engine.runner, 0, len(self.prompt)))
 
     def arrived_whole(self) -> bool:
         table = self.prefilled.sequence.block_table

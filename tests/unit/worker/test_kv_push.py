@@ -8,10 +8,20 @@ from collections.abc import Sequence as Seq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_pairs import KEY, VERSION, as_iterator, sim_engine, start_of
+from kv_pairs import (
+    KEY,
+    VERSION,
+    as_iterator,
+    kv_part,
+    read_kv,
+    sim_engine,
+    start_of,
+    write_kv,
+)
 
 from forebay.core.errors import KvTransferError
 from forebay.core.executor import InlineExecutor
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine
 from forebay.engine.sequence import RequestKey
@@ -45,7 +55,7 @@ class Pushing:
         self.sequence = engine.submit(start_of(prompt, PARAMS), prefill_only=True)
         target = worker_pb2.TransferTarget(start_token=start_token)
         target.MergeFrom(TARGET)
-        reader = FrameReader(engine.runner, target, max_frame_bytes, VERSION)
+        reader = FrameReader(engine.runner, target, KvCodec.RAW, max_frame_bytes, VERSION)
         self.reader = reader
         self.push = KvPush(reader, InlineExecutor(), target, self.sequence)
         self._between = asyncio.create_task(self.push.read_between_steps())
@@ -109,7 +119,7 @@ async def received_kv(messages: Seq[bytes], num_tokens: int, held: bytes = b"") 
     num_held = len(held) // (NUM_LAYERS * TOKEN_BYTES)
     lease.num_cached_tokens = num_held
     if held:
-        engine.runner.import_kv(lease.block_table, 0, num_held, 0, NUM_LAYERS, memoryview(held))
+        write_kv(engine.runner, lease.block_table, kv_part(engine.runner, 0, num_held), held)
     commits: list[Lease] = []
     receiver = KvReceiver(
         engine.runner,
@@ -121,7 +131,7 @@ async def received_kv(messages: Seq[bytes], num_tokens: int, held: bytes = b"") 
     )
     await receiver.push(as_iterator(list(messages)))
     assert commits == [lease]
-    return engine.runner.export_kv(lease.block_table, 0, num_tokens, 0, NUM_LAYERS)
+    return read_kv(engine.runner, lease.block_table, kv_part(engine.runner, 0, num_tokens))
 
 
 def expected_kv(prompt: list[int], num_tokens: int | None = None) -> bytes:
@@ -132,7 +142,7 @@ def expected_kv(prompt: list[int], num_tokens: int | None = None) -> bytes:
     assert batch is not None
     engine.end_step(batch, engine.runner.run(batch))
     end = len(prompt) if num_tokens is None else num_tokens
-    return engine.runner.export_kv(sequence.block_table, 0, end, 0, NUM_LAYERS)
+    return read_kv(engine.runner, sequence.block_table, kv_part(engine.runner, 0, end))
 
 
 @pytest.mark.parametrize(

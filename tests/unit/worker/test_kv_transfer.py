@@ -16,19 +16,22 @@ from forebay.kv.block_pool import Holder
 from forebay.kv.leases import Lease
 from forebay.rpc.v1 import kv_transfer_pb2, worker_pb2
 from forebay.simulator import loop
-from forebay.worker.frames import Frame, decode_message, encode_commit, encode_frame
+from forebay.worker.frames import encode_commit
 
 ChangeHeader = Callable[[kv_transfer_pb2.KvFrameHeader], None]
+
+
+def with_header(message: bytes, change: ChangeHeader) -> bytes:
+    request = kv_transfer_pb2.PushRequest.FromString(message)
+    change(request.header)
+    return request.SerializeToString()
 
 
 def edited(change: ChangeHeader, number: int = 1) -> Callable[[Messages], Messages]:
     """Changes the header of one frame."""
 
     def alter(messages: Messages) -> Messages:
-        frame = decode_message(messages[number])
-        assert isinstance(frame, Frame)
-        change(frame.header)
-        messages[number] = encode_frame(frame.header, bytes(frame.payload))
+        messages[number] = with_header(messages[number], change)
         return messages
 
     return alter
@@ -119,12 +122,17 @@ def test_a_sender_that_skips_tokens_is_refused(start_token: int) -> None:
         pytest.param(edited(lambda h: setattr(h, "frame", 2)), id="frame too early"),
         pytest.param(edited(lambda h: setattr(h, "protocol_version", 1)), id="older protocol"),
         pytest.param(edited(lambda h: setattr(h, "protocol_version", 3)), id="newer protocol"),
-        pytest.param(edited(lambda h: setattr(h.layout, "block_size", 8)), id="layout"),
+        pytest.param(edited(lambda h: setattr(h.layout, "version", 2)), id="layout version"),
+        pytest.param(edited(lambda h: setattr(h.layout, "dtype", 2)), id="another dtype"),
+        pytest.param(edited(lambda h: setattr(h.layout, "num_kv_heads", 2)), id="other heads"),
+        pytest.param(edited(lambda h: setattr(h.layout, "kv_group", 1)), id="another group"),
         pytest.param(edited(lambda h: h.ClearField("layout")), id="no layout"),
         pytest.param(edited(lambda h: setattr(h, "codec", 0)), id="codec"),
+        pytest.param(edited(lambda h: setattr(h, "codec", 2)), id="codec not taken here"),
         pytest.param(edited(lambda h: setattr(h, "codec", 77)), id="unknown codec"),
         pytest.param(edited(lambda h: setattr(h, "num_heads", 0)), id="no heads"),
-        pytest.param(edited(lambda h: setattr(h, "head_start", 1)), id="first head missing"),
+        pytest.param(edited(lambda h: setattr(h, "head_start", 1)), id="head past the model"),
+        pytest.param(edited(lambda h: setattr(h, "num_heads", 2)), id="too many heads"),
         pytest.param(edited(lambda h: setattr(h, "source_rank", 1)), id="another rank"),
         pytest.param(edited(lambda h: setattr(h, "layer_start", 3)), id="layer again"),
         pytest.param(edited(lambda h: setattr(h, "layer_start", 4)), id="layer past the model"),

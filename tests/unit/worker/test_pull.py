@@ -11,6 +11,7 @@ from worker_benches import running, spec, start_on
 from forebay.core.roles import WorkerRole
 from forebay.engine.sim import SimRunner
 from forebay.kv.block_pool import Holder
+from forebay.rpc.v1 import worker_pb2
 
 
 @in_scene
@@ -35,6 +36,20 @@ async def test_the_answer_is_made_of_the_pulled_kv(there: Scene) -> None:
     await asyncio.sleep(2)
     assert there.figures() == (PULLED, PULLED)
     assert there.puller.tokens("r", 0) != EXPECTED[0]
+
+
+@in_scene
+async def test_the_source_is_told_which_codecs_the_puller_takes(there: Scene) -> None:
+    send, asked = there.source.worker.send_prefix, []
+
+    async def note(message: worker_pb2.SendPrefixRequest) -> worker_pb2.SendPrefixResponse:
+        asked.append(list(message.target.kv_codecs))
+        return await send(message)
+
+    there.source.worker.send_prefix = note  # type: ignore[method-assign]
+    await there.pull(REQUEST)
+    await asyncio.sleep(2)
+    assert asked == [[worker_pb2.KV_CODEC_RAW]]
 
 
 @in_scene

@@ -24,7 +24,7 @@ async def half_way(there: Scene) -> None:
 
 async def writing(there: Scene) -> None:
     there.hall.detached = True
-    there.puller.executor.held.add("_import")
+    there.puller.executor.held.add("import_kv")
 
 
 async def preparing(there: Scene) -> None:

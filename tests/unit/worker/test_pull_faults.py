@@ -93,7 +93,7 @@ def source_closes(there: Scene) -> dict[str, Any]:
 
 
 def unreadable(there: Scene) -> dict[str, Any]:
-    def export(*_: Any) -> bytes:
+    def export(*_: Any) -> int:
         raise KvTransferError("the memory cannot be read")
 
     there.source.worker._runner.export_kv = export  # type: ignore[method-assign]

@@ -80,7 +80,7 @@ async def sent() -> AsyncIterator[Scene]:
 async def received() -> AsyncIterator[Scene]:
     async with running_pair() as (prefill, decode):
         prefill.renewing = ["r"]
-        decode.executor.held = {"_import"}
+        decode.executor.held = {"import_kv"}
         await start_on(prefill, decode, spec(max_tokens=50))
         yield Scene(decode, decode.executor.release)
 

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from kv_pairs import KEY, VERSION, sim_engine, start_of
+from kv_pairs import KEY, VERSION, kv_part, read_kv, sim_engine, start_of
 
 from forebay.core.clock import Deadline
 from forebay.core.errors import InternalError, KvTransferError, Unavailable
 from forebay.core.executor import InlineExecutor
+from forebay.core.kv_codec import KvCodec
 from forebay.core.sampling import SamplingParams
 from forebay.engine.engine import Engine, Prefilled, StepOutcome
 from forebay.engine.interface import Batch, LayerHook, StepResult
@@ -47,7 +48,9 @@ class Sending:
         self.answer_s = 0.0
         self.prefilled_at: list[float] = []
         executor = InlineExecutor()
-        self.sender = KvSender(self.source.runner, executor, self, FRAME_BYTES, VERSION)
+        self.sender = KvSender(
+            self.source.runner, executor, self, KvCodec.RAW, FRAME_BYTES, VERSION
+        )
         self.receiver = KvReceiver(
             self.target.runner, executor, self.leases, self._on_commit, no_prefix, VERSION
         )
@@ -157,7 +160,7 @@ def no_prefix(lease: Lease, num_tokens: int) -> None:
 
 
 def kv_of(engine: Engine, table: list[int]) -> bytes:
-    return engine.runner.export_kv(table, 0, len(PROMPT), 0, 4)
+    return read_kv(engine.runner, table, kv_part(engine.runner, 0, len(PROMPT)))
 
 
 def test_kv_arrives_while_the_next_steps_compute() -> None:
@@ -378,7 +381,7 @@ def test_kv_that_cannot_be_read_fails_the_transfer_and_not_the_step(at_call: int
         calls = 0
         read = sending.source.runner.export_kv
 
-        def fail(*args: int) -> bytes:
+        def fail(*args: object) -> int:
             nonlocal calls
             calls += 1
             if calls > at_call:
@@ -454,7 +457,7 @@ def test_steps_and_reads_on_a_thread_of_their_own() -> None:
             ) -> kv_transfer_pb2.PushResponse:
                 return await receiver.push(messages)
 
-        sender = KvSender(source.runner, executor, Direct(), FRAME_BYTES, VERSION)
+        sender = KvSender(source.runner, executor, Direct(), KvCodec.RAW, FRAME_BYTES, VERSION)
 
         def ended(request: WorkerRequest, error: str | None) -> None:
             errors.append(error)
@@ -495,10 +498,9 @@ def test_steps_and_reads_on_a_thread_of_their_own() -> None:
             batch = alone.begin_step()
             assert batch is not None
             alone.end_step(batch, alone.runner.run(batch))
-            expected = alone.runner.export_kv(sequence.block_table, 0, len(prompt), 0, 4)
-            assert target.runner.export_kv(lease.block_table, 0, len(prompt), 0, 4) == expected, (
-                lease.lease_id
-            )
+            part = kv_part(alone.runner, 0, len(prompt))
+            expected = read_kv(alone.runner, sequence.block_table, part)
+            assert read_kv(target.runner, lease.block_table, part) == expected, lease.lease_id
         executor.close()
 
     asyncio.run(main())

@@ -6,20 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from worker_benches import ENGINE, Bench, abort_of, in_virtual_time, running, spec
+from worker_benches import ENGINE, Bench, Hall, abort_of, in_virtual_time, running, spec
 
 from forebay.core.errors import (
+    ConfigurationError,
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
     RequestCancelled,
     Unavailable,
 )
+from forebay.core.executor import InlineExecutor
 from forebay.core.finish import FinishReason
+from forebay.core.kv_codec import KvCodec
+from forebay.core.randomness import Rng
 from forebay.core.roles import WorkerRole
+from forebay.core.settings import WorkerSettings
+from forebay.engine.loader import load_runner
 from forebay.rpc.v1 import worker_pb2
 from forebay.worker.request_table import ENDED_MEMORY_S
 from forebay.worker.requests import accept
+from forebay.worker.worker import Worker
 
 
 @in_virtual_time
@@ -32,6 +39,12 @@ async def test_a_prompt_is_answered_over_the_step_stream() -> None:
         assert bench.ends("r") == [FinishReason.LENGTH] * 2
         assert bench.worker.description().counters.requests == 1
         bench.check_empty()
+
+
+def test_a_worker_whose_kv_has_not_the_codec_does_not_start() -> None:
+    settings = WorkerSettings(engine=ENGINE, kv_codec=KvCodec.FP8)
+    with pytest.raises(ConfigurationError, match="the sim engine's KV has no fp8"):
+        Worker(settings, load_runner(ENGINE), InlineExecutor(), Hall(), Rng(1))
 
 
 @in_virtual_time

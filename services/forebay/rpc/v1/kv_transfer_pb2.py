@@ -25,15 +25,13 @@ _sym_db = _symbol_database.Default()
 from forebay.rpc.v1 import worker_pb2 as forebay_dot_rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n forebay/rpc/v1/kv_transfer.proto\x12\x0e\x66orebay.rpc.v1\x1a\x1b\x66orebay/rpc/v1/worker.proto\"w\n\x0bPushRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.forebay.rpc.v1.KvFrameHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12(\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.forebay.rpc.v1.KvCommit\"\xc9\x02\n\rKvFrameHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05\x66rame\x18\x03 \x01(\r\x12(\n\x06layout\x18\x04 \x01(\x0b\x32\x18.forebay.rpc.v1.KvLayout\x12&\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x17.forebay.rpc.v1.KvCodec\x12\x13\n\x0bsource_rank\x18\x06 \x01(\r\x12\x13\n\x0blayer_start\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x12\n\nhead_start\x18\t \x01(\r\x12\x11\n\tnum_heads\x18\n \x01(\r\x12\x13\n\x0btoken_start\x18\x0b \x01(\r\x12\x12\n\nnum_tokens\x18\x0c \x01(\r\x12\x0e\n\x06\x63rc32c\x18\r \x01(\x07\x12\x18\n\x10protocol_version\x18\x0e \x01(\r\"\x94\x01\n\x08KvCommit\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\x30\n\x0c\x66irst_tokens\x18\x06 \x03(\x0b\x32\x1a.forebay.rpc.v1.FirstToken\".\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\"!\n\x0cPushResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04*5\n\x07KvCodec\x12\x18\n\x14KV_CODEC_UNSPECIFIED\x10\x00\x12\x10\n\x0cKV_CODEC_RAW\x10\x01\x32X\n\x11KvTransferService\x12\x43\n\x04Push\x12\x1b.forebay.rpc.v1.PushRequest\x1a\x1c.forebay.rpc.v1.PushResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n forebay/rpc/v1/kv_transfer.proto\x12\x0e\x66orebay.rpc.v1\x1a\x1b\x66orebay/rpc/v1/worker.proto\"w\n\x0bPushRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.forebay.rpc.v1.KvFrameHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12(\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x18.forebay.rpc.v1.KvCommit\"\xc9\x02\n\rKvFrameHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\r\n\x05\x66rame\x18\x03 \x01(\r\x12(\n\x06layout\x18\x04 \x01(\x0b\x32\x18.forebay.rpc.v1.KvLayout\x12&\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x17.forebay.rpc.v1.KvCodec\x12\x13\n\x0bsource_rank\x18\x06 \x01(\r\x12\x13\n\x0blayer_start\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x12\n\nhead_start\x18\t \x01(\r\x12\x11\n\tnum_heads\x18\n \x01(\r\x12\x13\n\x0btoken_start\x18\x0b \x01(\r\x12\x12\n\nnum_tokens\x18\x0c \x01(\r\x12\x0e\n\x06\x63rc32c\x18\r \x01(\x07\x12\x18\n\x10protocol_version\x18\x0e \x01(\r\"\x94\x01\n\x08KvCommit\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\x30\n\x0c\x66irst_tokens\x18\x06 \x03(\x0b\x32\x1a.forebay.rpc.v1.FirstToken\".\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\"!\n\x0cPushResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x32X\n\x11KvTransferService\x12\x43\n\x04Push\x12\x1b.forebay.rpc.v1.PushRequest\x1a\x1c.forebay.rpc.v1.PushResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay.rpc.v1.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVCODEC']._serialized_start=768
-  _globals['_KVCODEC']._serialized_end=821
   _globals['_PUSHREQUEST']._serialized_start=81
   _globals['_PUSHREQUEST']._serialized_end=200
   _globals['_KVFRAMEHEADER']._serialized_start=203
@@ -44,6 +42,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FIRSTTOKEN']._serialized_end=731
   _globals['_PUSHRESPONSE']._serialized_start=733
   _globals['_PUSHRESPONSE']._serialized_end=766
-  _globals['_KVTRANSFERSERVICE']._serialized_start=823
-  _globals['_KVTRANSFERSERVICE']._serialized_end=911
+  _globals['_KVTRANSFERSERVICE']._serialized_start=768
+  _globals['_KVTRANSFERSERVICE']._serialized_end=856
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,6 @@ from forebay.rpc.v1 import worker_pb2 as _worker_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -24,21 +23,6 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _KvCodec:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _KvCodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvCodec.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    KV_CODEC_UNSPECIFIED: _KvCodec.ValueType  # 0
-    KV_CODEC_RAW: _KvCodec.ValueType  # 1
-
-class KvCodec(_KvCodec, metaclass=_KvCodecEnumTypeWrapper): ...
-
-KV_CODEC_UNSPECIFIED: KvCodec.ValueType  # 0
-KV_CODEC_RAW: KvCodec.ValueType  # 1
-Global___KvCodec: _TypeAlias = KvCodec  # noqa: Y015
-
 @_typing.final
 class PushRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -47,7 +31,7 @@ class PushRequest(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """[layers][key, value][tokens][heads][head_dim], little endian."""
+    """[layers][key, value][tokens][heads][head_dim], in the header's codec."""
     @_builtins.property
     def header(self) -> Global___KvFrameHeader: ...
     @_builtins.property
@@ -91,8 +75,9 @@ class KvFrameHeader(_message.Message):
     epoch: _builtins.str
     frame: _builtins.int
     """0, 1, 2, ... within the push."""
-    codec: Global___KvCodec.ValueType
+    codec: _worker_pb2.KvCodec.ValueType
     source_rank: _builtins.int
+    """There is only rank 0 so far."""
     layer_start: _builtins.int
     num_layers: _builtins.int
     head_start: _builtins.int
@@ -112,7 +97,7 @@ class KvFrameHeader(_message.Message):
         epoch: _builtins.str = ...,
         frame: _builtins.int = ...,
         layout: _worker_pb2.KvLayout | None = ...,
-        codec: Global___KvCodec.ValueType = ...,
+        codec: _worker_pb2.KvCodec.ValueType = ...,
         source_rank: _builtins.int = ...,
         layer_start: _builtins.int = ...,
         num_layers: _builtins.int = ...,

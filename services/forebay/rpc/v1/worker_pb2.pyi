@@ -64,6 +64,34 @@ KV_DTYPE_SIM: KvDtype.ValueType  # 4
 """The sim engine's 8-byte digests."""
 Global___KvDtype: _TypeAlias = KvDtype  # noqa: Y015
 
+class _KvCodec:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvCodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvCodec.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_CODEC_UNSPECIFIED: _KvCodec.ValueType  # 0
+    KV_CODEC_RAW: _KvCodec.ValueType  # 1
+    """The values as they are, in the layout's dtype, little endian."""
+    KV_CODEC_FP8: _KvCodec.ValueType  # 2
+    """One byte a value, e4m3, in the same order; then the scales [layers][key, value][tokens][heads]
+    [groups], fp32, little endian. A group is 128 neighbouring values of one head (the last one of a
+    head may be shorter), and a value is its code times the group's scale. Loses precision.
+    """
+
+class KvCodec(_KvCodec, metaclass=_KvCodecEnumTypeWrapper):
+    """How the bytes of a KV frame stand for [layers][key, value][tokens][heads][head_dim]."""
+
+KV_CODEC_UNSPECIFIED: KvCodec.ValueType  # 0
+KV_CODEC_RAW: KvCodec.ValueType  # 1
+"""The values as they are, in the layout's dtype, little endian."""
+KV_CODEC_FP8: KvCodec.ValueType  # 2
+"""One byte a value, e4m3, in the same order; then the scales [layers][key, value][tokens][heads]
+[groups], fp32, little endian. A group is 128 neighbouring values of one head (the last one of a
+head may be shorter), and a value is its code times the group's scale. Loses precision.
+"""
+Global___KvCodec: _TypeAlias = KvCodec  # noqa: Y015
+
 @_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -116,6 +144,7 @@ class WorkerDescription(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     METRICS_URL_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    KV_CODECS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.str
     """New at every start of the process: a lease of another epoch is void."""
@@ -135,6 +164,10 @@ class WorkerDescription(_message.Message):
     def load(self) -> Global___WorkerLoad: ...
     @_builtins.property
     def counters(self) -> Global___WorkerCounters: ...
+    @_builtins.property
+    def kv_codecs(self) -> _containers.RepeatedScalarFieldContainer[Global___KvCodec.ValueType]:
+        """In which KV may be sent here; none: raw only."""
+
     def __init__(
         self,
         *,
@@ -149,10 +182,11 @@ class WorkerDescription(_message.Message):
         counters: Global___WorkerCounters | None = ...,
         metrics_url: _builtins.str = ...,
         protocol_version: _builtins.int = ...,
+        kv_codecs: _abc.Iterable[Global___KvCodec.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "kv_layout", b"kv_layout", "load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "draining", b"draining", "endpoints", b"endpoints", "epoch", b"epoch", "kv_layout", b"kv_layout", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "protocol_version", b"protocol_version", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "draining", b"draining", "endpoints", b"endpoints", "epoch", b"epoch", "kv_codecs", b"kv_codecs", "kv_layout", b"kv_layout", "load", b"load", "metrics_url", b"metrics_url", "model", b"model", "protocol_version", b"protocol_version", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,11 +650,16 @@ class TransferTarget(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     START_TOKEN_FIELD_NUMBER: _builtins.int
+    KV_CODECS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     lease_id: _builtins.str
     epoch: _builtins.str
     start_token: _builtins.int
     """KV is wanted from this token on."""
+    @_builtins.property
+    def kv_codecs(self) -> _containers.RepeatedScalarFieldContainer[Global___KvCodec.ValueType]:
+        """As in WorkerDescription: which of them is used is the sender's choice."""
+
     def __init__(
         self,
         *,
@@ -628,10 +667,11 @@ class TransferTarget(_message.Message):
         lease_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         start_token: _builtins.int = ...,
+        kv_codecs: _abc.Iterable[Global___KvCodec.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "lease_id", b"lease_id", "start_token", b"start_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "kv_codecs", b"kv_codecs", "lease_id", b"lease_id", "start_token", b"start_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
