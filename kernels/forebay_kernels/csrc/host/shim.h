@@ -6,6 +6,8 @@
 // operation whose lanes do not all arrive. What it cannot show: races inside a warp between
 // barriers, memory ordering, speed.
 #pragma once
+#include <math.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
