@@ -46,6 +46,7 @@ def phases(journal: Journal, device: torch.device) -> list[Phase]:
                 *python("forebay_kernels.gpu_check.phases", name, "--device", str(device)),
                 *("--journal", str(journal.path), "--key", key.source, key.device, key.driver),
             ],
+            always=name == build_phase.NAME,
         )
         for name, (deadline_s, _) in works().items()
     ]

@@ -19,11 +19,13 @@ TAIL_CHARACTERS = 1500
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """command: of the process, which appends its own rows, the one of the phase included."""
+    """command: of the process, which appends its own rows, the one of the phase included.
+    always: also when the journal has it as done, for what it leaves on the machine."""
 
     name: str
     deadline_s: float
     command: Sequence[str]
+    always: bool = False
 
 
 def run_phases(
@@ -37,7 +39,7 @@ def run_phases(
     ends = time.monotonic() + total_s
     complete = True
     for phase in phases:
-        if journal.done(phase.name):
+        if journal.done(phase.name) and not phase.always:
             say(f"{phase.name}: done by an earlier run")
             continue
         left = ends - time.monotonic()
