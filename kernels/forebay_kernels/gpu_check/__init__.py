@@ -1,6 +1,7 @@
 """`make gpu-check`: everything that needs a GPU, in one command of at most ten minutes.
 
-    python -m forebay_kernels.gpu_check [--device cpu] [--fresh] [--journal FILE] [--results FOLDER]
+    python -m forebay_kernels.gpu_check [--device cpu] [--fresh] [--only PHASE]
+                                         [--journal FILE] [--results FOLDER]
 
 Phases (`phases.py`): build, ceilings, correctness, speed, compute-sanitizer, ncu. Each runs in a
 process of its own under a deadline of its own and appends rows to the journal as it goes; a run

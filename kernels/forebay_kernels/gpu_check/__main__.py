@@ -19,7 +19,7 @@ from forebay_kernels.gpu_check.machine import (
     source_hash,
     versions,
 )
-from forebay_kernels.gpu_check.phases import TOTAL_S, phases
+from forebay_kernels.gpu_check.phases import TOTAL_S, phases, works
 from forebay_kernels.gpu_check.runner import run_phases
 from forebay_kernels.gpu_check.table import HEADER, case_cells, render
 
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         journal.forget()
     found = versions()
     _say(f"{key.device}, driver {key.driver}; " + ", ".join(f"{n} {v}" for n, v in found.items()))
-    complete = run_phases(phases(journal, device), journal, options.total_s, _say)
+    wanted = [each for each in phases(journal, device) if each.name in (options.only or works())]
+    complete = run_phases(wanted, journal, options.total_s, _say)
     print(report(journal, device))
     if device.type == "cuda":
         today = datetime.now(UTC).date()
@@ -60,6 +61,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
+    parser.add_argument("--only", action="append", choices=works(), help="a phase, or several")
     parser.add_argument("--journal", type=Path, help="default: .gpu-check/DEVICE.jsonl")
     parser.add_argument(
         "--results", type=Path, default=results.FOLDER, help="folder of RESULTS.md and RESULTS.json"

@@ -12,6 +12,7 @@ import torch
 from forebay_kernels.gpu_check import build_phase, ceilings, correctness, profile, sanitizer, speed
 from forebay_kernels.gpu_check.cases import GROUPS
 from forebay_kernels.gpu_check.journal import Journal, Key
+from forebay_kernels.gpu_check.machine import tool
 from forebay_kernels.gpu_check.runner import Phase, python
 
 Work = Callable[[Journal, torch.device], None]
@@ -30,8 +31,8 @@ def works() -> dict[str, tuple[float, Work]]:
     }
     for group in GROUPS:
         found[f"speed {group}"] = (60.0, speed.work(group))
-    for tool in sanitizer.TOOLS:
-        found[f"sanitizer {tool}"] = (75.0, sanitizer.work(tool))
+    for check in sanitizer.CHECKS:
+        found[f"{sanitizer.PREFIX}{check}"] = (75.0, sanitizer.work(check))
     found["ncu"] = (60.0, profile.run)
     return found
 
@@ -47,9 +48,19 @@ def phases(journal: Journal, device: torch.device) -> list[Phase]:
                 *("--journal", str(journal.path), "--key", key.source, key.device, key.driver),
             ],
             always=name == build_phase.NAME,
+            missing=_missing(name, device),
         )
         for name, (deadline_s, _) in works().items()
     ]
+
+
+def _missing(name: str, device: torch.device) -> str | None:
+    needed = profile.TOOL if name == profile.NAME else sanitizer.tool_of(name)
+    if needed is None:
+        return None
+    if device.type != "cuda":
+        return "no GPU"
+    return None if tool(needed) else f"{needed} is not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,12 +20,14 @@ TAIL_CHARACTERS = 1500
 @dataclass(frozen=True, slots=True)
 class Phase:
     """command: of the process, which appends its own rows, the one of the phase included.
-    always: also when the journal has it as done, for what it leaves on the machine."""
+    always: also when the journal has it as done, for what it leaves on the machine. missing: why
+    it cannot run here."""
 
     name: str
     deadline_s: float
     command: Sequence[str]
     always: bool = False
+    missing: str | None = None
 
 
 def run_phases(
@@ -39,6 +41,10 @@ def run_phases(
     ends = time.monotonic() + total_s
     complete = True
     for phase in phases:
+        if phase.missing is not None:
+            journal.append(phase.name, PHASE, State.NOT_AVAILABLE, phase.missing)
+            say(f"{phase.name}: not available: {phase.missing}")
+            continue
         if journal.done(phase.name) and not phase.always:
             say(f"{phase.name}: done by an earlier run")
             continue

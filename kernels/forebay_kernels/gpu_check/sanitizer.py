@@ -13,7 +13,9 @@ from forebay_kernels.gpu_check.journal import PHASE, Journal, State
 from forebay_kernels.gpu_check.machine import REPOSITORY, tool
 from forebay_kernels.gpu_check.runner import TAIL_CHARACTERS, python
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PREFIX = "sanitizer "
+TOOL = "compute-sanitizer"
 ERROR_STATUS = 86
 _NOT_HERE = re.compile(
     r"Device not supported|LibraryNotLoaded|not supported on this|Unable to find"
@@ -23,37 +25,41 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haza
 
 def work(name: str) -> Callable[[Journal, torch.device], None]:
     def run(journal: Journal, device: torch.device) -> None:
-        state, reason, data = _check(name, device)
-        journal.append(f"sanitizer {name}", PHASE, state, reason, **data)
+        result = subprocess.run(
+            command(name),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        state, reason, data = verdict(result.returncode, result.stdout)
+        journal.append(f"{PREFIX}{name}", PHASE, state, reason, **data)
 
     return run
 
 
-def command(path: str, name: str) -> list[str]:
+def tool_of(phase: str) -> str | None:
+    """What a phase of this name needs."""
+    return TOOL if phase.startswith(PREFIX) else None
+
+
+def command(name: str) -> list[str]:
     """Of our kernels alone: torch's are filtered out, and errors of its own calls to the driver
     (it probes for functions) are not reported."""
     return [
-        *(path, "--tool", name, "--error-exitcode", str(ERROR_STATUS), "--print-limit", "20"),
+        *(
+            tool(TOOL) or TOOL,
+            "--tool",
+            name,
+            "--error-exitcode",
+            str(ERROR_STATUS),
+            "--print-limit",
+            "20",
+        ),
         *("--kernel-name", "kns=forebay"),
         *(("--report-api-errors", "no") if name == "memcheck" else ()),
         *python("forebay_kernels.gpu_check.once", "--device", "cuda"),
     ]
-
-
-def _check(name: str, device: torch.device) -> tuple[State, str, dict[str, Any]]:
-    path = tool("compute-sanitizer")
-    if device.type != "cuda":
-        return State.NOT_AVAILABLE, "no GPU", {}
-    if path is None:
-        return State.NOT_AVAILABLE, "compute-sanitizer is not installed", {}
-    result = subprocess.run(
-        command(path, name),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return verdict(result.returncode, result.stdout)
 
 
 def verdict(status: int, text: str) -> tuple[State, str, dict[str, Any]]:

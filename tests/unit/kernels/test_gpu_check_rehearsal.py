@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from forebay_kernels.gpu_check import once, results
-from forebay_kernels.gpu_check.__main__ import NO_GPU, main
+from forebay_kernels.gpu_check import correctness, once, results, table
+from forebay_kernels.gpu_check.__main__ import NO_GPU, main, report
 from forebay_kernels.gpu_check.case import Case, Peer
 from forebay_kernels.gpu_check.cases import all_cases
-from forebay_kernels.gpu_check.phases import TOTAL_S, works
+from forebay_kernels.gpu_check.journal import PHASE, Journal, Key
+from forebay_kernels.gpu_check.phases import TOTAL_S, phases, works
 from forebay_kernels.gpu_check.speed import run_checked, tally
 from forebay_kernels.gpu_check.timing import Contender, Failure, Timing, compare
 from forebay_kernels.native import libraries
@@ -103,21 +104,32 @@ def test_one_case_alone(capsys: pytest.CaptureFixture[str]) -> None:
         once.main(["--device", "cpu", "--case", "no such case"])
 
 
-def test_all_of_it_on_the_cpu_and_then_nothing_again(tmp_path: Path) -> None:
+def test_every_phase_in_this_process(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "rows.jsonl", Key("source", "device", "none"))
+    available = {each.name for each in phases(journal, CPU) if each.missing is None}
+    for name, (_, work) in works().items():
+        if name in available - {correctness.NAME}:
+            work(journal, CPU)
+            assert journal.done(name), journal.rows()[name, PHASE]
+    timed = {row.name for row in journal.rows().values() if "ours" in row.data}
+    assert timed == {case.name for case in TINY}
+    text = report(journal, CPU)
+    assert "no figures of a GPU" in text and table.UNMEASURED + " " not in text
+
+
+def test_the_command_on_the_cpu_and_then_again(tmp_path: Path) -> None:
     before = (results.FOLDER / results.PAGE).read_bytes()
     journal = tmp_path / "rows.jsonl"
+    only = [part for name in ("build", "correctness", "ncu") for part in ("--only", name)]
     command = [
         *(sys.executable, "-m", "forebay_kernels.gpu_check", "--device", "cpu"),
-        *("--journal", str(journal)),
+        *("--journal", str(journal), *only),
     ]
     first = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "no figures of a GPU" in first.stdout
-    rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    timed = {row["name"] for row in rows if "ours" in row["data"]}
-    assert timed == {case.name for case in TINY}
-    assert {row["state"] for row in rows} == {"ok", "not available"}
+    assert "ncu: not available: no GPU" in first.stdout
     second = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    again = [line for line in second.stdout.splitlines() if "done by an earlier run" in line]
-    assert len(again) == len(works()) - 1
+    assert "correctness: done by an earlier run" in second.stdout
+    states = {row["state"] for row in map(json.loads, journal.read_text().splitlines())}
+    assert states == {"ok", "not available"}
     assert (results.FOLDER / results.PAGE).read_bytes() == before
