@@ -31,8 +31,8 @@ class Tally(native.Library):
         self.num_calls = 0
         self.refused: set[str] = set()
 
-    def call(self, op: str, stream: int = 0, /, **fields: int | float | None) -> bool:
-        supported = super().call(op, stream, **fields)
+    def start(self, op: str, stream: int, fields: dict[str, int | float | None]) -> bool:
+        supported = super().start(op, stream, fields)
         self.num_calls += 1
         if not supported:
             self.refused.add(op)

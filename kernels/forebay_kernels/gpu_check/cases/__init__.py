@@ -6,10 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from forebay_kernels.gpu_check.case import Case
-from forebay_kernels.gpu_check.cases import norm
+from forebay_kernels.gpu_check.cases import activation, kv, norm, qkv, sampling
 
 GROUPS: dict[str, Callable[[bool], list[Case]]] = {
+    "kv": kv.cases,
+    "qkv": qkv.cases,
     "norm": norm.cases,
+    "activation": activation.cases,
+    "sampling": sampling.cases,
 }
 
 
