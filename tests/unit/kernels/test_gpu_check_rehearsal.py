@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from forebay_kernels import ops
 from forebay_kernels.gpu_check import correctness, once, results, table
 from forebay_kernels.gpu_check.__main__ import NO_GPU, main, report
 from forebay_kernels.gpu_check.case import Case, Peer
-from forebay_kernels.gpu_check.cases import all_cases
+from forebay_kernels.gpu_check.cases import GROUPS, all_cases
 from forebay_kernels.gpu_check.journal import PHASE, Journal, Key
 from forebay_kernels.gpu_check.phases import TOTAL_S, phases, works
 from forebay_kernels.gpu_check.speed import run_checked, tally
@@ -23,6 +25,7 @@ from forebay_kernels.testkit import Inputs
 
 CPU = torch.device("cpu")
 TINY = all_cases(tiny=True)
+NORM = GROUPS["norm"](True)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +56,20 @@ def test_what_torch_has_to_say_of_the_same_inputs(case: Case) -> None:
 
 def test_a_case_that_torch_computes_is_no_case() -> None:
     library = tally(CPU)
-    library.call = lambda *_, **__: False  # type: ignore[method-assign]
+    libraries.use("cpu", None)
     with pytest.raises(AssertionError, match="no kernel was called"):
-        run_checked(TINY[0], Inputs(seed=3), library)
+        run_checked(NORM, Inputs(seed=3), library)
+    arguments = NORM.inputs(Inputs(seed=3))
+    refused = dataclasses.replace(
+        NORM, run=lambda *_: ops.rms_norm(torch.ones(2, 40_000), torch.ones(40_000), 0.0)
+    )
+    libraries.use("cpu", library)
+    with pytest.raises(AssertionError, match="plain torch computed add_rms_norm"):
+        run_checked(
+            dataclasses.replace(refused, check=lambda *_: None, inputs=lambda _: arguments),
+            Inputs(seed=3),
+            library,
+        )
 
 
 def test_contenders_are_timed_in_turn_and_broken_ones_are_told() -> None:

@@ -10,11 +10,12 @@ import pytest
 
 from forebay_kernels.gpu_check import correctness, profile, results, sanitizer, table
 from forebay_kernels.gpu_check.case import Case, Target, floor_s
-from forebay_kernels.gpu_check.cases import all_cases
+from forebay_kernels.gpu_check.cases import GROUPS, all_cases
 from forebay_kernels.gpu_check.journal import Journal, Key, Row, State
 from forebay_kernels.gpu_check.timing import num_sets
 
 FULL = all_cases(tiny=False)
+NORM = GROUPS["norm"](False)[0]
 
 
 def _data(seconds: float, floor: float, **peers: float) -> dict[str, Any]:
@@ -32,7 +33,12 @@ def test_a_floor_is_that_of_bytes_or_of_operations() -> None:
 
 @pytest.mark.parametrize(
     ("name", "microseconds"),
-    [("add_rms_norm 4096x4096 bf16", 31.2), ("add_rms_norm 64x4096 bf16", 0.49)],
+    [
+        ("add_rms_norm 4096x4096 bf16", 31.2),
+        ("add_rms_norm 64x4096 bf16", 0.49),
+        ("kv_pack 4096 tokens 32x2x8x128 bf16 block 16 token-major raw", 249.7),
+        ("sample B 64 V 131072 fp32 greedy", 7.8),
+    ],
 )
 def test_floors_of_known_shapes(name: str, microseconds: float) -> None:
     (case,) = [case for case in FULL if case.name == name]
@@ -78,9 +84,9 @@ def test_whether_a_target_is_met(
 
 
 def test_a_row_nobody_has_run_says_so() -> None:
-    cells = table.case_cells(FULL[0], None)
+    cells = table.case_cells(NORM, None)
     assert cells[:4] == (
-        "add_rms_norm", "4096x4096 bf16", "unmeasured", table.microseconds(FULL[0].floor_s),
+        "add_rms_norm", "4096x4096 bf16", "unmeasured", table.microseconds(NORM.floor_s),
     )  # fmt: skip
 
 
@@ -90,8 +96,8 @@ def test_a_row_with_figures() -> None:
         "flashinfer": {"reason": "not available: flashinfer is not installed"},
         "liger": {"reason": "TypeError: too many"},
     }
-    assert table.case_cells(FULL[0], data)[2:] == (
-        "40", table.microseconds(FULL[0].floor_s), "1.33", str(FULL[0].target), "no",
+    assert table.case_cells(NORM, data)[2:] == (
+        "40", table.microseconds(NORM.floor_s), "1.33", str(NORM.target), "no",
         "torch eager 100 us (2.50x); flashinfer absent; liger failed: TypeError: too many",
     )  # fmt: skip
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from forebay_kernels.gpu_check.case import Case
-from forebay_kernels.gpu_check.cases import activation, kv, norm, qkv, sampling
+from forebay_kernels.gpu_check.cases import activation, kv, moe, norm, qkv, sampling
 
 GROUPS: dict[str, Callable[[bool], list[Case]]] = {
     "kv": kv.cases,
     "qkv": qkv.cases,
     "norm": norm.cases,
+    "moe": moe.cases,
     "activation": activation.cases,
     "sampling": sampling.cases,
 }

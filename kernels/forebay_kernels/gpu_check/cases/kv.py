@@ -184,7 +184,7 @@ def _check_unpack(arguments: Arguments, crc: Any) -> None:
     assert int(crc) & 0xFFFFFFFF == reference.crc32c(payload), "the checksum is another"
 
 
-def _torch_unpack(payload: Tensor, cache: Tensor, table: Tensor, tokens: int, *_: Any) -> None:
+def _torch_unpack(payload: Tensor, cache: Tensor, table: Tensor, tokens: int, *unused: Any) -> None:
     """Whole blocks by index_copy_, of the payload in the cache's order."""
     layers, planes, _, block_size, heads, head_dim = cache.shape
     rows = payload.view(cache.dtype).view(layers, planes, tokens, heads, head_dim)

@@ -183,7 +183,7 @@ def _flashinfer() -> Callable[..., Any]:
         v_cache: Tensor,
         slots: Tensor,
         *_: Tensor | None,
-    ) -> Tensor:
+    ) -> Any:
         if slots.data_ptr() not in ready:
             places = slots.clamp(0)
             numbers = torch.arange(len(slots) + 1, device=slots.device, dtype=torch.int32)

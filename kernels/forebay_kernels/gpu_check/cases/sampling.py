@@ -78,7 +78,8 @@ def _sample(rows: int, vocabulary: int, dtype: torch.dtype, how: str) -> Case:
 def _check(arguments: Arguments, result: Any) -> None:
     """The very tokens of the reference."""
     tokens, logprobs = result
-    wanted, wanted_logprobs = reference.sample(*arguments, logprobs=True)
+    compute: Callable[..., Any] = reference.sample
+    wanted, wanted_logprobs = compute(*arguments, True)
     assert torch.equal(tokens, wanted), f"{int((tokens != wanted).sum())} tokens differ"
     assert error_of(logprobs, wanted_logprobs.double()).largest < 1e-5
 
