@@ -30,7 +30,7 @@ def works() -> dict[str, tuple[float, Work]]:
         "correctness": (150.0, correctness.run),
     }
     for group in GROUPS:
-        found[f"speed {group}"] = (60.0, speed.work(group))
+        found[f"speed {group}"] = (90.0, speed.work(group))
     for check in sanitizer.CHECKS:
         found[f"{sanitizer.PREFIX}{check}"] = (75.0, sanitizer.work(check))
     found["ncu"] = (60.0, profile.run)
