@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from forebay_kernels.isa import best_isa
+from forebay_kernels.isa import ISAS, best_isa, cpu_isas
 from forebay_kernels.params import SOURCES
 
 TIMEOUT_S = 900.0
@@ -255,9 +255,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
 def _chosen(wanted: Sequence[str] | None) -> list[str]:
     if wanted and ALL not in wanted:
         return list(wanted)
-    names = list(VARIANTS) if wanted else [f"cpu-{best_isa()}"]
-    if not wanted and torch.cuda.is_available():
-        names.append("cuda")
+    if wanted:
+        foreign = {f"cpu-{isa}" for isa in ISAS} - {f"cpu-{isa}" for isa in cpu_isas()}
+        names = [name for name in VARIANTS if name not in foreign]
+    else:
+        names = [f"cpu-{best_isa()}", *(["cuda"] if torch.cuda.is_available() else [])]
     found = [name for name in names if find_compiler(VARIANTS[name]) is not None]
     for name in set(names) - set(found):
         compilers = ", ".join(VARIANTS[name].compilers)

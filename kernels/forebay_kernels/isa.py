@@ -11,11 +11,12 @@ _FLAGS = {
     "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2"),
     "scalar": (),
 }
+ISAS = tuple(_FLAGS)
 
 
 def cpu_isas() -> tuple[str, ...]:
     """Of this kind of machine, the best first."""
-    return tuple(_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ("scalar",)
+    return ISAS if platform.machine() in ("x86_64", "AMD64") else ("scalar",)
 
 
 def best_isa() -> str:
