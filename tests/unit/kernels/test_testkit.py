@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from forebay_kernels import ops
+from forebay_kernels.gpu_check.case import Case
+from forebay_kernels.gpu_check.cases import all_cases
 from forebay_kernels.registry import register
 from forebay_kernels.testkit import Inputs, OnDevice, error_of, poisoned_allocations, written
 
@@ -56,6 +58,25 @@ def test_the_bridge_gives_the_bits_of_the_op_itself() -> None:
     with OnDevice("cpu"):
         actual = ops.add_rms_norm(rows, rows, weight, 1e-5)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+class _Counting(OnDevice):
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.num_ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.num_ops += func.namespace == "forebay"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("case", all_cases(tiny=True), ids=lambda case: case.name)
+def test_every_op_crosses_the_bridge(case: Case) -> None:
+    arguments = case.inputs(Inputs(seed=2))
+    with _Counting() as bridge:
+        result = case.run(*arguments)
+    assert bridge.num_ops == 1
+    case.check(arguments, result)
 
 
 @pytest.mark.parametrize(
