@@ -105,7 +105,7 @@ def _without_parameters(name: str) -> str:
 def demangled(symbol: str) -> str:
     """By the C++ runtime that torch brings into the process."""
     runtime = ctypes.CDLL("libstdc++.so.6")
-    demangle = getattr(runtime, "__cxa_demangle")  # noqa: B009 (a class would mangle the name)
+    demangle = getattr(runtime, "__cxa_demangle")
     demangle.restype = ctypes.c_void_p
     status = ctypes.c_int()
     address = demangle(symbol.encode(), None, None, ctypes.byref(status))
