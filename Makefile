@@ -4,10 +4,11 @@ BIN := .venv/bin
 ARGS ?=
 SEEDS ?= 2000
 PROTOS := $(wildcard protos/forebay/rpc/v1/*.proto)
+CSRC := $(sort $(wildcard $(foreach ending,h cuh cpp cu,kernels/forebay_kernels/csrc/*.$(ending) kernels/forebay_kernels/csrc/*/*.$(ending))))
 
-.PHONY: up down status install proto check test sim sim-bugs chaos vanish bench-routing clean
+.PHONY: up down status install proto check test gpu-check sim sim-bugs chaos vanish bench-routing clean
 
-up: .venv/.local ## start the platform; options go into ARGS, as in make up ARGS="--engine sim"
+up: .venv/.kernels ## start the platform; options go into ARGS, as in make up ARGS="--engine sim"
 	$(BIN)/forebay up $(ARGS)
 
 down: .venv/.local ## end it
@@ -33,6 +34,17 @@ install: .venv/.dev ## everything for development
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# What this machine runs, so that no worker compiles while somebody waits; workers look there too.
+# Without a compiler, or with one that fails, the operations run on plain torch.
+.venv/.kernels: .venv/.local $(CSRC)
+	-$(BIN)/python -m forebay_kernels.build \
+		--cache "$${FOREBAY_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/forebay}/kernels"
+	touch $@
+
+.venv/.all-kernels: .venv/.dev $(CSRC)
+	-$(BIN)/python -m forebay_kernels.build --variant all
+	touch $@
+
 proto: .venv/.dev ## regenerate services/forebay/rpc/v1 from protos/
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=protos \
 		--python_out=services --grpc_python_out=services \
@@ -41,14 +53,19 @@ proto: .venv/.dev ## regenerate services/forebay/rpc/v1 from protos/
 check: .venv/.dev ## formatting, lint, types, import contracts, protocols
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
 	PYTHONPATH=services:kernels:loadtest $(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/check_generated.py $(PROTOS)
 
-test: .venv/.dev ## the whole suite; a part of it: make test ARGS="tests/unit"
+test: .venv/.dev .venv/.all-kernels ## the whole suite; a part of it: make test ARGS="tests/unit"
 	$(BIN)/python -m pytest $(ARGS)
+
+# Sets nothing up: a GPU machine brings torch, nvcc and pytest, and may reach no package registry.
+gpu-check: ## kernels on a GPU: correctness, speed, peers, sanitizer, profile; docs/kernels.md
+	PYTHONPATH=kernels $(PYTHON) -m forebay_kernels.gpu_check $(ARGS)
 
 chaos: .venv/.dev ## real faults under 32 streams, both engines: 20 minutes
 	$(BIN)/python -m forebay_loadtest.chaos --output loadtest/results/chaos.json $(ARGS)
@@ -67,4 +84,4 @@ bench-routing: .venv/.dev ## every routing policy over a trace, with plots: make
 	$(BIN)/python -m forebay_loadtest.routing.offline $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 clean: ## what the other targets made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .gpu-check

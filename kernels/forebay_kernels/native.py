@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forebay_kernels.build import VARIANTS, BuildError, build, cpu_isas, library_path
+from forebay_kernels.build import VARIANTS, BuildError, build, library_path
+from forebay_kernels.isa import best_isa
 from forebay_kernels.params import constants, structs
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,6 @@ DTYPE_CODES = {
     torch.bfloat16: _DTYPES["FOREBAY_BF16"],
     torch.float16: _DTYPES["FOREBAY_F16"],
     torch.float8_e4m3fn: _DTYPES["FOREBAY_E4M3"],
-}
-_ISA_FLAGS = {
-    "avx512": ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl"),
-    "avx2": ("avx2", "fma3", "f16c", "bmi", "bmi2"),
-    "scalar": (),
 }
 
 
@@ -125,13 +121,6 @@ class Libraries:
 
 
 libraries = Libraries()
-
-
-def best_isa() -> str:
-    capabilities = torch.cpu.get_capabilities()
-    return next(
-        isa for isa in cpu_isas() if all(capabilities.get(flag) for flag in _ISA_FLAGS[isa])
-    )
 
 
 def call(op: str, device: torch.device, /, **fields: int | float | None) -> bool:

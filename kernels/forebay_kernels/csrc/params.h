@@ -49,22 +49,22 @@ struct MoeRouteParams {
   int64_t logits_stride;
   int32_t dtype;
   int32_t num_experts;
-  int32_t top_k;         // at most topk_groups * (num_experts / num_groups)
-  int32_t num_groups;    // divides num_experts
-  int32_t topk_groups;   // at most num_groups
-  int32_t softmax;       // 1: softmax, group score = its best; 0: sigmoid, = sum of its two best
-  int32_t renormalise;   // 1: weights are divided by their sum + 1e-20
-  int32_t num_threads;   // CPU only
-  float scale;           // what weights are multiplied by
+  int32_t top_k;        // at most topk_groups * (num_experts / num_groups)
+  int32_t num_groups;   // divides num_experts
+  int32_t topk_groups;  // at most num_groups
+  int32_t softmax;      // 1: softmax, group score = its best; 0: sigmoid, = sum of its two best
+  int32_t renormalise;  // 1: weights are divided by their sum + 1e-20
+  int32_t num_threads;  // CPU only
+  float scale;          // what weights are multiplied by
 };
 
 // A stable sort of choices by expert, each expert's rows padded to a multiple.
 struct MoeAlignParams {
-  const void* ids;   // int32 [choices]; outside [0, num_experts): skipped
-  void* order;       // int32 [slots]: the choice in each row, or -1
-  void* offsets;     // int32 [num_experts + 1]: each expert's first row; last: rows in use
-  void* inverse;     // int32 [choices]: the row of each choice, or -1
-  void* workspace;   // GPU only: int32 [num_blocks, num_experts], or null if num_blocks is 1
+  const void* ids;  // int32 [choices]; outside [0, num_experts): skipped
+  void* order;      // int32 [slots]: the choice in each row, or -1
+  void* offsets;    // int32 [num_experts + 1]: each expert's first row; last: rows in use
+  void* inverse;    // int32 [choices]: the row of each choice, or -1
+  void* workspace;  // GPU only: int32 [num_blocks, num_experts], or null if num_blocks is 1
   int64_t choices;
   int64_t slots;  // at least the padded rows of all experts
   int32_t num_experts;

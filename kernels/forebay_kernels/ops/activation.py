@@ -84,10 +84,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """x: [T, 2N], gate then up, rows without gaps: fp32, bf16 or fp16. Returns silu(gate) * up
     [T, N] in x's dtype, computed in fp32 and rounded once; NaN where the gate is -inf. Raises
     ArgumentError."""
-    if x.is_meta:
-        out: Tensor = _SILU_AND_MUL(x)
-        return out
-    return _silu_and_mul(x)  # what the op does with it, without torch's way there
+    out: Tensor = _SILU_AND_MUL(x)
+    return out
 
 
 def silu_and_mul_quant(x: Tensor) -> tuple[Tensor, Tensor]:

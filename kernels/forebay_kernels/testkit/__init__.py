@@ -1,6 +1,16 @@
 """What tests of kernels share, here and on a GPU: inputs, poison, comparison in float64."""
 
-from forebay_kernels.testkit.compare import Error, error_of, written
+from forebay_kernels.testkit.bridge import OnDevice
+from forebay_kernels.testkit.compare import Error, error_of, listen, written
 from forebay_kernels.testkit.inputs import Inputs
+from forebay_kernels.testkit.poison import poisoned_allocations
 
-__all__ = ["Error", "Inputs", "error_of", "written"]
+__all__ = [
+    "Error",
+    "Inputs",
+    "OnDevice",
+    "error_of",
+    "listen",
+    "poisoned_allocations",
+    "written",
+]

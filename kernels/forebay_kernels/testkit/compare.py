@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,12 +23,30 @@ class Error:
         return f"relative {self.relative:.2e}, largest {self.largest:.2e}"
 
 
+Listener = Callable[[Error], None]
+_listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> Listener:
+    """Tells it every error that is computed from now on, for a report of the largest."""
+    _listeners.append(listener)
+    return listener
+
+
 def error_of(actual: Tensor, reference: Tensor) -> Error:
-    """reference: float64, same shape."""
+    """reference: float64, same shape, anywhere."""
+    error = _error_of(actual, reference)
+    for listener in _listeners:
+        listener(error)
+    return error
+
+
+def _error_of(actual: Tensor, reference: Tensor) -> Error:
     assert actual.shape == reference.shape, f"{actual.shape} where {reference.shape} belongs"
-    expected = reference.double().cpu()
-    difference = (actual.double().cpu() - expected).abs()
-    both_nan = actual.double().cpu().isnan() & expected.isnan()
+    expected = reference.double()
+    found = actual.double().to(expected.device)
+    difference = (found - expected).abs()
+    both_nan = found.isnan() & expected.isnan()
     difference = difference.masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"))
     if difference.numel() == 0:
         return Error(0.0, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from forebay.core.errors import ConfigurationError
-from forebay.core.settings import MIB, EngineSettings
+from forebay.core.settings import MIB, EngineSettings, cache_dir
 from forebay.engine.interface import Runner
 from forebay.engine.profile import LLAMA2_70B_H100_TP8
 from forebay.engine.sim import DIGEST_BYTES, NUM_LAYERS, SimRunner
@@ -19,9 +19,12 @@ def load_runner(settings: EngineSettings) -> Runner:
         return _sim_runner(settings)
     if settings.engine != "torch":
         raise ConfigurationError(f"engine: {settings.engine!r} is neither torch nor sim")
-    from forebay.engine.torch_runner import load_torch_runner  # keeps torch out of sim processes
+    # Here, to keep torch out of sim processes.
+    from forebay.engine.torch_runner import load_torch_runner
+    from forebay_kernels.native import libraries
 
-    return load_torch_runner(
+    libraries.keep_in(cache_dir() / "kernels")
+    runner = load_torch_runner(
         Path(settings.model_path),
         model_id=settings.model_id,
         dtype=settings.dtype,
@@ -32,6 +35,8 @@ def load_runner(settings: EngineSettings) -> Runner:
         device=settings.device,
         num_threads=settings.num_threads,
     )
+    libraries.of(settings.device.partition(":")[0])  # compiled now, not while a request waits
+    return runner
 
 
 def _sim_runner(settings: EngineSettings) -> SimRunner:

@@ -9,8 +9,8 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from forebay_kernels import native, ops
-from forebay_kernels.build import cpu_isas
 from forebay_kernels.checks import ArgumentError
+from forebay_kernels.isa import best_isa, cpu_isas
 from forebay_kernels.testkit import Inputs, error_of
 
 CASES = [
@@ -151,7 +151,7 @@ def test_a_nan_is_chosen_last_and_seen(implementation: str) -> None:
 def test_every_kernel_gives_the_same_bits(scoring: str) -> None:
     inputs = Inputs(seed=8)
     logits, bias = inputs.normal(40, 256, scale=3), inputs.normal(256, scale=0.1)
-    isas = cpu_isas()[cpu_isas().index(native.best_isa()) :]
+    isas = cpu_isas()[cpu_isas().index(best_isa()) :]
     names = ["host", "host", "host", *(f"cpu-{isa}" for isa in isas)]
     host = native.load("host")
     kept = native.libraries.of("cpu")

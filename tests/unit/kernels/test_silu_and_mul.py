@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from forebay_kernels import native, ops, reference
-from forebay_kernels.build import cpu_isas
 from forebay_kernels.checks import ArgumentError
+from forebay_kernels.isa import best_isa, cpu_isas
 from forebay_kernels.testkit import Inputs, error_of, written
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,7 +92,7 @@ def test_every_kernel_gives_the_same_bits(dtype: torch.dtype, width: int) -> Non
     }  # fmt: skip
     results = []
     host = native.load("host")
-    isas = cpu_isas()[cpu_isas().index(native.best_isa()) :]
+    isas = cpu_isas()[cpu_isas().index(best_isa()) :]
     twins = [native.load(f"cpu-{isa}") for isa in isas]
     try:
         for order, library in enumerate([host, host, host, *twins]):

@@ -1,8 +1,8 @@
 // Numbers of 8 and 16 bits, and how they are read, rounded and written: to nearest, ties to even.
 //
 // On a GPU the conversions are the chip's own; elsewhere they are integer code with the same
-// results, so that host-compiled kernels and CPU twins give the bits that a GPU gives. What a NaN is
-// rounded to is the chip's one NaN: all bits but the sign.
+// results, so that host-compiled kernels and CPU twins give the bits that a GPU gives. What a NaN
+// is rounded to is the chip's one NaN: all bits but the sign.
 #pragma once
 #include <cstdint>
 #include <cstring>

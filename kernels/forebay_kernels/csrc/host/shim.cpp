@@ -123,9 +123,8 @@ bool Block::release() {
     }
   }
   if (any) return true;
-  if (!std::all_of(threads_.begin(), threads_.end(), [](const Thread& thread) {
-        return thread.state == State::kAtBlockBarrier;
-      }))
+  if (!std::all_of(threads_.begin(), threads_.end(),
+                   [](const Thread& thread) { return thread.state == State::kAtBlockBarrier; }))
     return false;
   for (Thread& thread : threads_) thread.state = State::kReady;
   return true;

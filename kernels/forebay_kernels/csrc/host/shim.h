@@ -34,16 +34,10 @@ struct uint3 {
   unsigned x, y, z;
 };
 
-#define FOREBAY_VECTOR(type, name, bytes)           \
-  struct alignas(bytes) name##2 {                   \
-    type x, y;                                      \
-  };                                                \
-  struct alignas(2 * bytes) name##4 {               \
-    type x, y, z, w;                                \
-  };                                                \
-  inline name##2 make_##name##2(type x, type y) {   \
-    return {x, y};                                  \
-  }                                                 \
+#define FOREBAY_VECTOR(type, name, bytes)                          \
+  struct alignas(bytes) name##2 { type x, y; };                    \
+  struct alignas(2 * bytes) name##4 { type x, y, z, w; };          \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 FOREBAY_VECTOR(float, float, 8)
 FOREBAY_VECTOR(int, int, 8)
@@ -111,9 +105,7 @@ inline int __syncthreads_count(int predicate) {
 }
 inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
 inline int __syncthreads_and(int predicate) { return __syncthreads_count(!predicate) == 0; }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  ::forebay::host::warp_barrier(mask);
-}
+inline void __syncwarp(unsigned mask = 0xffffffffu) { ::forebay::host::warp_barrier(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

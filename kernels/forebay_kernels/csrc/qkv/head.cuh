@@ -163,8 +163,7 @@ __device__ __forceinline__ void load_head(Pack<T, kPack<T>> (&packs)[2], const H
                                           const T* head) {
 #pragma unroll
   for (int k = 0; k < 2; ++k)
-    if (lane.holds[k])
-      packs[k] = *reinterpret_cast<const Pack<T, kPack<T>>*>(head + lane.at[k]);
+    if (lane.holds[k]) packs[k] = *reinterpret_cast<const Pack<T, kPack<T>>*>(head + lane.at[k]);
 }
 
 // Whether rows of this many values can be read in packs and rotated by whole packs.

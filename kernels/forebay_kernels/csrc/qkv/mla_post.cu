@@ -62,8 +62,8 @@ __device__ __forceinline__ void append(const MlaPostParams& p, int64_t token, co
 }
 
 template <class T, class Cache>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) mla_post_kernel(MlaPostParams p, int lanes,
-                                                                  int jobs) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    mla_post_kernel(MlaPostParams p, int lanes, int jobs) {
   const int64_t token = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
   const int job = int(blockIdx.y * blockDim.y + threadIdx.y);
   if (token >= p.tokens || job >= jobs) return;

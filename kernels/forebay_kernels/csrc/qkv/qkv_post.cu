@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) qkv_post_kernel(QkvPostParams 
       continue;
     }
     const bool key = head < num_rotated;
-    const int64_t at = row_of_slot(slot, p.num_blocks, p.block_size,
-                                   key ? p.k_block_stride : p.v_block_stride,
-                                   key ? p.k_slot_stride : p.v_slot_stride);
+    const int64_t at =
+        row_of_slot(slot, p.num_blocks, p.block_size, key ? p.k_block_stride : p.v_block_stride,
+                    key ? p.k_slot_stride : p.v_slot_stride);
     if (at < 0) continue;
     const int kv_head = head - (key ? p.num_q_heads : num_rotated);
     Cache* cache = static_cast<Cache*>(key ? p.k_cache : p.v_cache) + at +
