@@ -22,7 +22,7 @@ from forebay.core.sampling import SamplingParams
 from forebay.engine.interface import ScheduledSequence
 from forebay.engine.sampler import sample
 from forebay_kernels import native, ops
-from forebay_kernels.build import cpu_isas
+from forebay_kernels.isa import best_isa, cpu_isas
 from forebay_kernels.testkit import Inputs
 from forebay_loadtest.report import environment
 from forebay_loadtest.sampling_peers import fp64_by_row, softmax_and_sort
@@ -101,7 +101,7 @@ def agreement(draws: int, seed: int) -> dict[str, dict[str, int]]:
     """By implementation: how many draws were compared with the reference, how many differ."""
     inputs = Inputs(seed)
     kept = native.libraries.of("cpu")
-    best = cpu_isas().index(native.best_isa())
+    best = cpu_isas().index(best_isa())
     names = ["host", *(f"cpu-{isa}" for isa in cpu_isas()[best:])]
     counts = {name: {"draws": 0, "different": 0} for name in names}
     shapes = (*CHI_SQUARE_SHAPES, *TIMED_SHAPES.values())
@@ -193,7 +193,7 @@ def main(draws: int, compared: int, repeats: int, seed: int, output: Path | None
         **environment(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "isa": native.best_isa(),
+        "isa": best_isa(),
         "seed": seed,
         "chi_square": squares,
         "agreement": agreed,

@@ -116,7 +116,6 @@ struct SiluAndMulParams {
   int32_t num_threads;  // CPU only
 };
 
-<<<<<<< HEAD
 // ---- What follows the q, k and v projections.
 
 // Queries and keys of every token are normed head by head (where weights are given) and rotated;
@@ -233,7 +232,7 @@ struct SampleParams {
   int32_t dtype;
   int32_t num_threads;  // CPU only
 };
-=======
+
 // ---- kv
 
 enum KvCodec { FOREBAY_KV_RAW = 0, FOREBAY_KV_FP8 = 1 };
@@ -304,4 +303,3 @@ struct HostConvertParams {
   int32_t dtype;
   int32_t to_dtype;  // 0: to floats
 };
->>>>>>> kv
