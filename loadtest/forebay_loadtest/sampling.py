@@ -23,7 +23,7 @@ from forebay.engine.interface import ScheduledSequence
 from forebay.engine.sampler import sample
 from forebay_kernels import native, ops
 from forebay_kernels.isa import best_isa, cpu_isas
-from forebay_kernels.testkit import Inputs
+from forebay_kernels.testkit import Inputs, chi_square_p_value
 from forebay_loadtest.report import environment
 from forebay_loadtest.sampling_peers import fp64_by_row, softmax_and_sort
 
@@ -72,19 +72,6 @@ def exact_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     out = torch.zeros_like(mass)
     out[order] = mass[order]
     return out / out.sum()
-
-
-def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Ids expected fewer than ten times count as one; 0 when an impossible one was drawn."""
-    expected = probabilities * counts.sum()
-    if bool(counts[expected == 0.0].any()):
-        return 0.0
-    rare = expected < 10.0
-    observed = torch.cat((counts[~rare].double(), counts[rare].sum().double()[None]))
-    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    observed, wanted = observed[wanted > 0.0], wanted[wanted > 0.0]
-    statistic = ((observed - wanted).square() / wanted).sum()
-    return float(torch.special.gammaincc((len(wanted) - 1) / torch.tensor(2.0), statistic / 2))
 
 
 def chi_squares(draws: int, seed: int) -> Iterator[dict[str, object]]:

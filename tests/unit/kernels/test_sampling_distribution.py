@@ -20,7 +20,7 @@ from forebay_kernels.reference.sampling import (
     random_bits,
     weights_of,
 )
-from forebay_kernels.testkit import Inputs
+from forebay_kernels.testkit import Inputs, chi_square_p_value
 
 FULL = 0xFFFFFFFF
 SHAPES: list[dict[str, Any]] = [
@@ -102,20 +102,6 @@ def test_weights_are_exponentials(temperature: float) -> None:
     assert (weights[exact < 0.9] == 0).all()
 
 
-def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Ids expected fewer than ten times count as one."""
-    expected = probabilities * counts.sum()
-    rare = expected < 10.0
-    observed = torch.cat((counts[~rare].double(), counts[rare].sum().double()[None]))
-    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    if wanted[-1] == 0.0:
-        assert observed[-1] == 0
-        observed, wanted = observed[:-1], wanted[:-1]
-    statistic = ((observed - wanted).square() / wanted).sum()
-    degrees = torch.tensor(float(len(wanted) - 1), dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -158,6 +144,10 @@ def test_chi_square_notices_a_wrong_distribution() -> None:
     counts = (probabilities * 1_000_000).round().long()
     assert chi_square_p_value(counts, probabilities) > 0.999
     assert chi_square_p_value(counts, (logits.double() * 1.05).softmax(0)) < 1e-6
+    possible = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    assert chi_square_p_value(torch.tensor([50, 50, 0]), possible) == 1.0
+    assert chi_square_p_value(torch.tensor([50, 49, 1]), possible) == 0.0
+    assert chi_square_p_value(torch.tensor([9]), torch.ones(1, dtype=torch.float64)) == 1.0
 
 
 def words(*values: int) -> list[Tensor]:
