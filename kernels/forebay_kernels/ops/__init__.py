@@ -2,7 +2,7 @@
 
 from forebay_kernels.ops.activation import silu_and_mul, silu_and_mul_quant
 from forebay_kernels.ops.attention import merge_lse
-from forebay_kernels.ops.kv import kv_pack, kv_unpack, payload_bytes
+from forebay_kernels.ops.kv import KV_CODECS, KV_GROUP, kv_pack, kv_unpack, payload_bytes
 from forebay_kernels.ops.mla import mla_post
 from forebay_kernels.ops.moe import moe_align, moe_permute, moe_route, moe_unpermute
 from forebay_kernels.ops.norm import add_rms_norm, add_rms_norm_quant, rms_norm
@@ -12,6 +12,8 @@ from forebay_kernels.plans import DecodePlan, PrefillPlan
 from forebay_kernels.reference import paged_decode, paged_prefill
 
 __all__ = [
+    "KV_CODECS",
+    "KV_GROUP",
     "DecodePlan",
     "PrefillPlan",
     "add_rms_norm",

@@ -18,7 +18,7 @@ KV_GROUP = 128
 
 _NUMBERS = constants("KvCodec")
 _RAW, _FP8 = _NUMBERS["FOREBAY_KV_RAW"], _NUMBERS["FOREBAY_KV_FP8"]
-CODECS = {"raw": _RAW, "fp8": _FP8}
+KV_CODECS = {"raw": _RAW, "fp8": _FP8}
 _HOST_BLOCKS = 16
 """Of a kernel that writes to host memory: the bus is full long before, and a model's step beside it
 keeps its multiprocessors."""
@@ -89,9 +89,9 @@ def _row_bytes(head_dim: int, itemsize: int, codec: int) -> int:
 
 
 def _codec(op: str, codec: str) -> int:
-    number = CODECS.get(codec)
+    number = KV_CODECS.get(codec)
     if number is None:
-        raise ArgumentError(op, "codec", f"{codec!r} is none of {', '.join(CODECS)}")
+        raise ArgumentError(op, "codec", f"{codec!r} is none of {', '.join(KV_CODECS)}")
     return number
 
 
@@ -143,7 +143,7 @@ def _check(
     if cache.stride(-1) != 1 and cache.shape[-1] > 1:
         raise ArgumentError(op, "cache", f"strides {cache.stride()}: heads have gaps")
     if codec not in (_RAW, _FP8):
-        raise ArgumentError(op, "codec", f"{codec} is none of {list(CODECS.values())}")
+        raise ArgumentError(op, "codec", f"{codec} is none of {list(KV_CODECS.values())}")
     for name, count in (("token_start", token_start), ("num_tokens", num_tokens)):
         if count < 0:
             raise ArgumentError(op, name, f"{count} is negative")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 _POLYNOMIAL = 0x82F63B78
 _ONES = 0xFFFFFFFF
-_STRETCH = 256
+_STRETCH = 64
 """Bytes that are taken two at a time; all stretches of a message go in step."""
 
 
