@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay.core.clock import Deadline
-from forebay.core.errors import KvTransferError, Unavailable
+from forebay.core.errors import ConfigurationError, KvTransferError, Unavailable
 from forebay.core.executor import Executor
 from forebay.core.kv_codec import KvCodec
 from forebay.engine.interface import KvSlice, Runner
@@ -110,7 +110,11 @@ class KvSender:
         max_frame_bytes: int,
         protocol_version: int,
     ) -> None:
-        assert codec in runner.kv_codecs
+        """Raises ConfigurationError for a codec that the runner's KV does not have."""
+        if codec not in runner.kv_codecs:
+            raise ConfigurationError(
+                f"kv_codec: the {runner.model.engine} engine's KV has no {codec.value}"
+            )
         self.num_bytes = 0
         self._runner = runner
         self._executor = executor

@@ -10,13 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 
 from forebay.core import clock
-from forebay.core.errors import (
-    ConfigurationError,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-)
+from forebay.core.errors import InternalError, InvalidRequest, Overloaded, Unavailable
 from forebay.core.executor import Executor
 from forebay.core.randomness import Rng
 from forebay.core.settings import WorkerSettings
@@ -59,10 +53,6 @@ class Worker:
         protocol_version: int = methods.PROTOCOL_VERSION,
     ) -> None:
         """Raises ConfigurationError for a codec that the runner's KV does not have."""
-        if settings.kv_codec not in runner.kv_codecs:
-            raise ConfigurationError(
-                f"kv_codec: the {runner.model.engine} engine's KV has no {settings.kv_codec.value}"
-            )
         self.worker_id = rng.token(settings.role.value)
         self.epoch = rng.token("epoch")
         self.endpoint = ""
