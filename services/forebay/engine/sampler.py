@@ -132,7 +132,7 @@ def _draws(row: int, sequence: ScheduledSequence) -> list[_Draw]:
 def _rounded_down(share: float) -> float:
     """To fp32: three of five equal tokens hold 0.6 of the mass, but not what 0.6 is in fp32."""
     nearest = np.float32(share)
-    return float(nearest if nearest <= share else np.nextafter(nearest, np.float32(0.0)))
+    return float(nearest if float(nearest) <= share else np.nextafter(nearest, np.float32(0.0)))
 
 
 def _as_tensors(draws: Seq[_Draw], device: torch.device) -> tuple[Tensor, ...]:
