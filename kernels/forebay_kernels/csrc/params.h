@@ -206,9 +206,9 @@ struct MergeLseParams {
 
 // Per draw one id of a row of logits, and its log-probability; see ops/sampling.py.
 enum ForebaySample {
-  FOREBAY_SAMPLE_VOCAB = 1048576,     // ids of a row at most: sums of weights stay below 2^62
-  FOREBAY_SAMPLE_DRAWS = 256,         // that one launch of the kernels handles
-  FOREBAY_SAMPLE_WORKSPACE = 87040,   // bytes for each of them
+  FOREBAY_SAMPLE_VOCAB = 1048576,    // ids of a row at most: sums of weights stay below 2^62
+  FOREBAY_SAMPLE_DRAWS = 256,        // that one launch of the kernels handles
+  FOREBAY_SAMPLE_WORKSPACE = 87040,  // bytes for each of them
 };
 
 struct SampleParams {
@@ -237,11 +237,11 @@ struct SampleParams {
 
 enum KvCodec { FOREBAY_KV_RAW = 0, FOREBAY_KV_FP8 = 1 };
 
-// Tokens [token_start, token_start + tokens), in the coordinates of the block table, of a paged cache
-// [layers, planes, num_blocks, block_size, heads, head_dim] into a payload: elements [layers, planes,
-// tokens, heads, head_dim], or e4m3 codes of that shape and then float scales [layers, planes,
-// tokens, heads, ceil(head_dim / 128)]. A block id outside the cache: zeros. To `crc` is XORed the
-// CRC-32C of the payload.
+// Tokens [token_start, token_start + tokens), in the coordinates of the block table, of a paged
+// cache [layers, planes, num_blocks, block_size, heads, head_dim] into a payload: elements [layers,
+// planes, tokens, heads, head_dim], or e4m3 codes of that shape and then float scales [layers,
+// planes, tokens, heads, ceil(head_dim / 128)]. A block id outside the cache: zeros. To `crc` is
+// XORed the CRC-32C of the payload.
 struct KvPackParams {
   const void* cache;        // dtype, strides below, head_dim contiguous
   const void* block_table;  // int32_t or int64_t, see id_bytes

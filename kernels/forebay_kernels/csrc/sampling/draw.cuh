@@ -5,17 +5,15 @@
 namespace forebay {
 
 struct Settings {
-  int64_t row;      // -1: out of range
-  float scale;      // of logits: log2(e) / temperature
+  int64_t row;  // -1: out of range
+  float scale;  // of logits: log2(e) / temperature
   bool greedy;
   int64_t top_k;    // 0: all
   uint64_t lowest;  // weight that min-p lets stay, at least 1
   uint64_t top_p;   // in units of 2^-30; kAllOfIt: all
 
   static constexpr uint64_t kAllOfIt = ~uint64_t(0);
-  FOREBAY_DEVICE bool truncates() const {
-    return !greedy && (top_k > 0 || top_p != kAllOfIt);
-  }
+  FOREBAY_DEVICE bool truncates() const { return !greedy && (top_k > 0 || top_p != kAllOfIt); }
 };
 
 FOREBAY_DEVICE Settings settings_of(const SampleParams& p, int64_t draw) {
@@ -71,10 +69,10 @@ FOREBAY_DEVICE uint64_t least_of_bin(int32_t bin) {
   return weight > room ? weight - room : 0;
 }
 
-// Bounds of the weight of the ids up to a bin and of those after it, and what follows: may (must) the
-// ids up to the bin hold the share top_p of all? Where top_p is near 1 little comes after the cut,
-// and little is uncertain about it; a bound of the whole would be too coarse. Both ways are true
-// from some bin on.
+// Bounds of the weight of the ids up to a bin and of those after it, and what follows: may (must)
+// the ids up to the bin hold the share top_p of all? Where top_p is near 1 little comes after the
+// cut, and little is uncertain about it; a bound of the whole would be too coarse. Both ways are
+// true from some bin on.
 struct Split {
   uint64_t least, most, least_after, most_after;
 

@@ -72,8 +72,8 @@ class Row {
   __device__ float at(int id) const { return to_float(logits_[id]); }
 
   // visit(id, logits, allowed) for groups of N neighbouring ids of the stretch, a warp side by
-  // side; bit i of `allowed` is that of id + i. Beyond the vocabulary the logits are -inf. A lane has
-  // kAtOnce accesses in flight.
+  // side; bit i of `allowed` is that of id + i. Beyond the vocabulary the logits are -inf. A lane
+  // has kAtOnce accesses in flight.
   template <int kAtOnce, class Visit>
   __device__ __forceinline__ void for_each(int stretch, Visit visit) const {
     const int begin = stretch * kStretch + lane() * N;

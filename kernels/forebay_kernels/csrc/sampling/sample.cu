@@ -22,7 +22,7 @@ constexpr int kStaged = 1024;
 constexpr int kCandidates = 9216;
 
 struct alignas(128) Workspace {
-  uint64_t best[kMaxBlocks];  // of a block's ids: key << 32 | ~id; 0: none is possible
+  uint64_t best[kMaxBlocks];     // of a block's ids: key << 32 | ~id; 0: none is possible
   uint32_t largest[kMaxBlocks];  // key, of all ids, whatever the bitmask says
   uint32_t broken[kMaxBlocks];
   uint32_t histogram[kBins];
@@ -87,22 +87,23 @@ __global__ void __launch_bounds__(kThreads, 2) survey_kernel(SampleParams p, int
   uint32_t best_key = kKeyOfMinusInfinity, best_id = 0;
   uint32_t largest = 0, smallest = ~0u;
   const Row<T> row(p, settings.row);
-  row.template for_each<4>(part * kWarps + warp(), [&](int id, const auto& logits, uint32_t allowed) {
+  row.template for_each<4>(part * kWarps + warp(),
+                           [&](int id, const auto& logits, uint32_t allowed) {
 #pragma unroll
-    for (int i = 0; i < Row<T>::N; ++i) {
-      const uint32_t key = key_of(to_float(logits.values[i]));
-      largest = key > largest ? key : largest;
-      smallest = key < smallest ? key : smallest;
-      if ((allowed >> i & 1) && key > best_key) {
-        best_key = key;
-        best_id = uint32_t(id + i);
-      }
-    }
-  });
+                             for (int i = 0; i < Row<T>::N; ++i) {
+                               const uint32_t key = key_of(to_float(logits.values[i]));
+                               largest = key > largest ? key : largest;
+                               smallest = key < smallest ? key : smallest;
+                               if ((allowed >> i & 1) && key > best_key) {
+                                 best_key = key;
+                                 best_id = uint32_t(id + i);
+                               }
+                             }
+                           });
   const bool any = best_key > kKeyOfMinusInfinity;
   const uint64_t best = warp_max(any ? uint64_t(best_key) << 32 | uint32_t(~best_id) : 0);
-  const bool wrong = __any_sync(
-      kAllLanes, largest >= kKeyOfInfinity || smallest < kKeyOfMinusInfinity);
+  const bool wrong =
+      __any_sync(kAllLanes, largest >= kKeyOfInfinity || smallest < kKeyOfMinusInfinity);
   largest = uint32_t(warp_max(uint64_t(largest)));
   if (lane() == 0) {
     bests[warp()] = best;
@@ -135,17 +136,16 @@ __global__ void __launch_bounds__(kThreads, 2) count_kernel(SampleParams p, int6
   for (int i = int(threadIdx.x); i < kBins; i += kThreads) histogram[i] = 0;
   __syncthreads();
   const Row<T> row(p, settings.row);
-  row.template for_each<4>(int(blockIdx.x) * kWarps + warp(),
-               [&](int, const auto& logits, uint32_t allowed) {
+  row.template for_each<4>(int(blockIdx.x) * kWarps + warp(), [&](int, const auto& logits,
+                                                                  uint32_t allowed) {
 #pragma unroll
-                 for (int i = 0; i < Row<T>::N; ++i) {
-                   const float exponent =
-                       exponent_of(to_float(logits.values[i]), survey.best, settings.scale);
-                   if (!(allowed >> i & 1) || !(exponent > kLowestExponent)) continue;
-                   if (settings.lowest > 1 && weight_of(exponent) < settings.lowest) continue;
-                   atomicAdd(&histogram[bin_of(exponent)], 1u);
-                 }
-               });
+    for (int i = 0; i < Row<T>::N; ++i) {
+      const float exponent = exponent_of(to_float(logits.values[i]), survey.best, settings.scale);
+      if (!(allowed >> i & 1) || !(exponent > kLowestExponent)) continue;
+      if (settings.lowest > 1 && weight_of(exponent) < settings.lowest) continue;
+      atomicAdd(&histogram[bin_of(exponent)], 1u);
+    }
+  });
   __syncthreads();
   for (int i = int(threadIdx.x); i < kBins; i += kThreads)
     if (histogram[i] > 0) atomicAdd(&workspace.histogram[i], histogram[i]);
@@ -309,8 +309,9 @@ struct DrawShared {
   uint64_t sums[kMaxStretches];
 };
 
-// Finds the smallest rank that stays and leaves in shared.sums, per stretch, the weights of all that
-// stay: from the candidates, or, where they cannot tell, from the whole row. All threads call it.
+// Finds the smallest rank that stays and leaves in shared.sums, per stretch, the weights of all
+// that stay: from the candidates, or, where they cannot tell, from the whole row. All threads call
+// it.
 template <class T>
 __device__ __forceinline__ uint64_t cut_row(const SampleParams& p, const Settings& settings,
                                             const Row<T>& row, const Workspace& workspace,
@@ -430,8 +431,8 @@ __device__ __forceinline__ int locate(const Row<T>& row, const Weigher& weigher,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) draw_kernel(SampleParams p, int64_t first,
-                                                           int64_t end) {
+__global__ void __launch_bounds__(kThreads, 1)
+    draw_kernel(SampleParams p, int64_t first, int64_t end) {
   const int64_t draw = first + blockIdx.x;
   if (!leads(p, draw)) return;
   __shared__ DrawShared shared;

@@ -308,8 +308,7 @@ uint64_t cut_row(const Row<T>& row, const Settings& settings, const Weigher& wei
     if (wanted > 0) {
       const uint64_t found = search(s, by_mass, wanted, base, for_each);
       const float exponent = exponent_of(logit_of(key_of_rank(found)), weigher.best, weigher.scale);
-      const bool told =
-          found > 0 && base < wanted && (!by_mass || bin_of(exponent) <= plan.unsure);
+      const bool told = found > 0 && base < wanted && (!by_mass || bin_of(exponent) <= plan.unsure);
       if (listed && !told) {
         num_candidates = -1;
         cut = 0;
@@ -325,8 +324,9 @@ uint64_t cut_row(const Row<T>& row, const Settings& settings, const Weigher& wei
   return cut;
 }
 
-// The id at which the running sum of the weights, ids ascending, first exceeds the target. `*located`:
-// the piece whose running sums are in s.weights, or -1; many draws from one row find it there.
+// The id at which the running sum of the weights, ids ascending, first exceeds the target.
+// `*located`: the piece whose running sums are in s.weights, or -1; many draws from one row find it
+// there.
 template <class T>
 int locate(const Row<T>& row, const Weigher& weigher, uint64_t cut, Scratch& s, uint64_t target,
            int* located) {

@@ -99,8 +99,7 @@ __device__ __forceinline__ uint64_t search(Digits& digits, bool by_mass, uint64_
     prefix = prefix << bits | digits.cut;
     count_above = digits.count_above;
     mass_above = digits.mass_above;
-    const bool all_stay =
-        by_mass ? digits.count_at == 1 : count_above + digits.count_at == wanted;
+    const bool all_stay = by_mass ? digits.count_at == 1 : count_above + digits.count_at == wanted;
     __syncthreads();
     if (!all_stay) continue;
     uint64_t smallest = ~uint64_t(0);
