@@ -36,6 +36,8 @@ from forebay_kernels.params import SOURCES
 
 TIMEOUT_S = 900.0
 """For one source file of one variant."""
+MAX_LINES = 40
+"""Of what a compiler says in an error: the first ones matter."""
 KEPT_S = 30 * 86400.0
 """Files of the cache that nothing has used for this long go at the next compilation."""
 ALL = "all"
@@ -230,7 +232,9 @@ def _run(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"no end after {TIMEOUT_S:.0f} s: {' '.join(command)}") from error
     if result.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{result.stdout}")
+        lines = result.stdout.splitlines()
+        more = [f"... {len(lines) - MAX_LINES} more lines"] if len(lines) > MAX_LINES else []
+        raise BuildError("\n".join([" ".join(command), *lines[:MAX_LINES], *more]))
     return result.stdout
 
 

@@ -1,7 +1,7 @@
-// CRC-32C as arithmetic: polynomials over GF(2) modulo P, lowest bit first (bit 31 - i of a register
-// is the coefficient of x^i). A register that starts from 0 ends as the message times x^32: linear in
-// the message and blind to zeros in front of it, so the register of a message is the sum of its parts' registers, each
-// multiplied by x^(8 * bytes that follow the part).
+// CRC-32C as arithmetic: polynomials over GF(2) modulo P, lowest bit first (bit 31 - i of a
+// register is the coefficient of x^i). A register that starts from 0 ends as the message times
+// x^32: linear in the message and blind to zeros in front of it, so the register of a message is
+// the sum of its parts' registers, each multiplied by x^(8 * bytes that follow the part).
 #pragma once
 #include <cstdint>
 

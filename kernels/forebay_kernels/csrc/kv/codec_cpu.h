@@ -18,8 +18,8 @@ FOREBAY_DEVICE void with_group_size(int64_t count, Work work) {
     work(count);
 }
 
-// The largest magnitude. As integers, magnitudes order like the floats they are, with infinities and
-// NaN above.
+// The largest magnitude. As integers, magnitudes order like the floats they are, with infinities
+// and NaN above.
 template <class T>
 float largest_of(const T* values, int64_t size) {
   uint32_t largest = 0;

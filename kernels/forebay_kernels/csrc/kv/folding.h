@@ -1,9 +1,9 @@
 // CRC-32C of a stream of bytes on a CPU, computed while they are copied.
 //
 // With carry-less multiplication, the last kGranule bytes stand for everything before them: each
-// 128 bits of theirs are multiplied by x^(8 * kGranule) and added to the 128 bits that come kGranule
-// bytes later. Zeros in front of a message change nothing, so a stream may begin with part of a
-// granule; what it ends with goes through the processor's CRC instruction. Without these
+// 128 bits of theirs are multiplied by x^(8 * kGranule) and added to the 128 bits that come
+// kGranule bytes later. Zeros in front of a message change nothing, so a stream may begin with part
+// of a granule; what it ends with goes through the processor's CRC instruction. Without these
 // instructions: tables, eight bytes at a time.
 #pragma once
 #include <algorithm>
@@ -71,9 +71,8 @@ template <bool kStream>
 __attribute__((target("vpclmulqdq"))) void fold_zmm(uint8_t* state, uint8_t* to,
                                                     const uint8_t* from, size_t count) {
   constexpr int N = kGranule / 64;
-  const __m512i factors =
-      _mm512_set4_epi64(int64_t(kSecondHalf), int64_t(kFirstHalf), int64_t(kSecondHalf),
-                        int64_t(kFirstHalf));
+  const __m512i factors = _mm512_set4_epi64(int64_t(kSecondHalf), int64_t(kFirstHalf),
+                                            int64_t(kSecondHalf), int64_t(kFirstHalf));
   __m512i folded[N];
   for (int i = 0; i < N; ++i) folded[i] = _mm512_load_si512(state + 64 * i);
   for (size_t at = 0; at < count; at += kGranule) {

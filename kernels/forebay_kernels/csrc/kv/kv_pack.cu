@@ -66,8 +66,7 @@ struct Values {
     Access out;
     uint32_t parts[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      parts[i] = pair(2 * i, inverse) | pair(2 * i + 1, inverse) << 16;
+    for (int i = 0; i < 4; ++i) parts[i] = pair(2 * i, inverse) | pair(2 * i + 1, inverse) << 16;
     memcpy(&out, parts, sizeof(out));
     return out;
   }
@@ -94,8 +93,7 @@ __device__ __forceinline__ float fp8_ratio(float largest, bool inverse) {
 
 // A group has 8 lanes, or 4 where rows are that short, with 16 values each.
 template <class T>
-__device__ __forceinline__ void pack_codes(const Plan& plan, const Tile& tile,
-                                           const Stage& stage) {
+__device__ __forceinline__ void pack_codes(const Plan& plan, const Tile& tile, const Stage& stage) {
   constexpr int kAtOnce = sizeof(T) == 4 ? 1 : 2;
   const int group_lanes = plan.head_dim <= 64 ? 4 : 8, groups_at_once = 32 / group_lanes;
   const int num_groups = plan.groups.divisor, num_items = plan.tile_rows * num_groups;
@@ -153,17 +151,15 @@ __device__ __forceinline__ void pack_codes(const Plan& plan, const Tile& tile,
 
 __global__ void __launch_bounds__(kWarps * 32, 2) pack_elements_kernel(Plan plan) {
   FOREBAY_DYNAMIC_SHARED(shared);
-  for_tiles<false>(plan, shared, [&](const Tile& tile, const Stage& stage) {
-    pack_elements(plan, tile, stage);
-  });
+  for_tiles<false>(plan, shared,
+                   [&](const Tile& tile, const Stage& stage) { pack_elements(plan, tile, stage); });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kWarps * 32, 2) pack_codes_kernel(Plan plan) {
   FOREBAY_DYNAMIC_SHARED(shared);
-  for_tiles<true>(plan, shared, [&](const Tile& tile, const Stage& stage) {
-    pack_codes<T>(plan, tile, stage);
-  });
+  for_tiles<true>(plan, shared,
+                  [&](const Tile& tile, const Stage& stage) { pack_codes<T>(plan, tile, stage); });
 }
 
 }  // namespace
@@ -179,8 +175,7 @@ extern "C" int forebay_kv_pack(const KvPackParams* params, void* stream) {
     return FOREBAY_UNSUPPORTED;
   return with_float_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.codec == FOREBAY_KV_RAW
-               ? start(&pack_elements_kernel, plan, p.max_blocks, stream)
-               : start(&pack_codes_kernel<T>, plan, p.max_blocks, stream);
+    return p.codec == FOREBAY_KV_RAW ? start(&pack_elements_kernel, plan, p.max_blocks, stream)
+                                     : start(&pack_codes_kernel<T>, plan, p.max_blocks, stream);
   });
 }

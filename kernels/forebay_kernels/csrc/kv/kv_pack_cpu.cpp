@@ -1,4 +1,5 @@
-// The CPU's kv_pack: every thread writes a stretch of the payload in order and checks it on the way.
+// The CPU's kv_pack: every thread writes a stretch of the payload in order and checks it on the
+// way.
 #include "common/parallel.h"
 #include "kv/codec_cpu.h"
 #include "kv/runs_cpu.h"
@@ -34,7 +35,8 @@ uint32_t pack_elements(const KvPackParams& p, const Layout& layout, int64_t begi
   return writer.finish();
 }
 
-// Several groups go through each step together: their chains of operations are long and independent.
+// Several groups go through each step together: their chains of operations are long and
+// independent.
 template <class T>
 void encode_rows(const T* values, int64_t rows, const Layout& layout, Writer& codes,
                  Writer& scales) {

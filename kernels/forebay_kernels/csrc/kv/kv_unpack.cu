@@ -28,8 +28,7 @@ __device__ __forceinline__ void unpack_elements(const Plan& plan, const Tile& ti
       int row, column;
       locate(plan, index, &row, &column);
       reinterpret_cast<Access*>(stage.bytes)[index] = values[i];
-      if (stage.places[row] != 0)
-        reinterpret_cast<Access*>(stage.places[row])[column] = values[i];
+      if (stage.places[row] != 0) reinterpret_cast<Access*>(stage.places[row])[column] = values[i];
     }
   }
 }
@@ -123,8 +122,7 @@ extern "C" int forebay_kv_unpack(const KvUnpackParams* params, void* stream) {
     return FOREBAY_UNSUPPORTED;
   return with_float_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.codec == FOREBAY_KV_RAW
-               ? start(&unpack_elements_kernel, plan, p.max_blocks, stream)
-               : start(&unpack_codes_kernel<T>, plan, p.max_blocks, stream);
+    return p.codec == FOREBAY_KV_RAW ? start(&unpack_elements_kernel, plan, p.max_blocks, stream)
+                                     : start(&unpack_codes_kernel<T>, plan, p.max_blocks, stream);
   });
 }

@@ -1,4 +1,5 @@
-// The CPU's kv_unpack: every thread reads a stretch of the payload in order, checking it on the way.
+// The CPU's kv_unpack: every thread reads a stretch of the payload in order, checking it on the
+// way.
 #include "common/parallel.h"
 #include "kv/codec_cpu.h"
 #include "kv/runs_cpu.h"

@@ -24,16 +24,19 @@ struct Layout {
         heads(p.heads),
         head_dim(p.head_dim),
         groups(p.codec == FOREBAY_KV_FP8 ? (p.head_dim + kGroup - 1) / kGroup : 0),
-        row_bytes(p.head_dim * (p.codec == FOREBAY_KV_FP8 ? 1 : p.dtype == FOREBAY_F32 ? 4 : 2)),
+        row_bytes(p.head_dim * (p.codec == FOREBAY_KV_FP8 ? 1
+                                : p.dtype == FOREBAY_F32  ? 4
+                                                          : 2)),
         cache_row_bytes(p.head_dim * (p.dtype == FOREBAY_F32 ? 4 : 2)),
         piece_rows(p.tokens * p.heads),
         rows(p.layers * p.planes * p.tokens * p.heads) {}
 
-  int64_t row_area() const { return rows * row_bytes; }        // where the scales begin
-  int64_t scale_bytes() const { return groups * 4; }           // of a row
+  int64_t row_area() const { return rows * row_bytes; }  // where the scales begin
+  int64_t scale_bytes() const { return groups * 4; }     // of a row
   int64_t bytes() const { return rows * (row_bytes + scale_bytes()); }
 
-  // What the registers of rows that end before row `end`, and of their scales, add to the payload's.
+  // What the registers of rows that end before row `end`, and of their scales, add to the
+  // payload's.
   uint32_t share(int64_t end, uint32_t of_rows, uint32_t of_scales) const {
     const int64_t after_scales = (rows - end) * scale_bytes();
     const int64_t after_rows = (rows - end) * row_bytes + rows * scale_bytes();

@@ -38,9 +38,9 @@ constexpr int64_t kTileRows = 32;  // at most: a lane finds each row's place
 constexpr int64_t kMinTiles = 4;   // of a range, to be worth its end
 constexpr int64_t kAccess = 16;    // bytes
 
-// Ranges are counted from the end of their piece, and tiles from the end of their range, so that all
-// but the first of each have the same size: what is missing there counts as zeros, which a checksum
-// does not see.
+// Ranges are counted from the end of their piece, and tiles from the end of their range, so that
+// all but the first of each have the same size: what is missing there counts as zeros, which a
+// checksum does not see.
 struct Plan {
   const uint8_t* cache;  // written by kv_unpack alone
   const void* block_table;
@@ -50,7 +50,7 @@ struct Plan {
   int64_t num_blocks, token_start, planes;
   int64_t row_area, payload_bytes;
   Divider heads, block_size;
-  SmallDivider vectors, groups;  // of a row of the payload; vectors: 16 bytes
+  SmallDivider vectors, groups;                     // of a row of the payload; vectors: 16 bytes
   uint32_t pieces, piece_rows, ranges, range_rows;  // ranges of a piece
   int32_t row_bytes, head_dim, tile_rows, tile_bytes;
   int32_t scale_rows;     // whose scales are added to their checksum at once
@@ -58,7 +58,9 @@ struct Plan {
   uint32_t ends;
   bool wide_ids;
 
-  FOREBAY_DEVICE int32_t warp_bytes() const { return tile_bytes + int32_t(kTileRows) * 8 + scale_bytes(); }
+  FOREBAY_DEVICE int32_t warp_bytes() const {
+    return tile_bytes + int32_t(kTileRows) * 8 + scale_bytes();
+  }
   FOREBAY_DEVICE int32_t scale_bytes() const {
     return (tile_rows * groups.divisor * 4 + int32_t(kAccess) - 1) / int32_t(kAccess) *
            int32_t(kAccess);

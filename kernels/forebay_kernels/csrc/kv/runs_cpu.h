@@ -13,8 +13,8 @@ int64_t block_id(const Params& p, int64_t index) {
   return id >= 0 && id < p.num_blocks ? id : -1;
 }
 
-// visit(bytes, rows) for tokens [begin, end), counted [layer][plane][token], in the payload's order:
-// `rows` rows one after another at `bytes`, which is null where there is no block.
+// visit(bytes, rows) for tokens [begin, end), counted [layer][plane][token], in the payload's
+// order: `rows` rows one after another at `bytes`, which is null where there is no block.
 template <class Params, class Byte, class Visit>
 void for_runs(const Params& p, const Layout& layout, Byte* cache, int64_t begin, int64_t end,
               Visit visit) {
@@ -31,9 +31,9 @@ void for_runs(const Params& p, const Layout& layout, Byte* cache, int64_t begin,
       visit(static_cast<Byte*>(nullptr), count * p.heads);
       continue;
     }
-    Byte* first = cache + size * (piece / p.planes * p.layer_stride +
-                                  piece % p.planes * p.plane_stride + id * p.block_stride +
-                                  slot * p.slot_stride);
+    Byte* first =
+        cache + size * (piece / p.planes * p.layer_stride + piece % p.planes * p.plane_stride +
+                        id * p.block_stride + slot * p.slot_stride);
     if (slots_joined) {
       visit(first, count * p.heads);
       continue;

@@ -138,8 +138,8 @@ class Ahead {
   Stretch waiting_[kWaiting];
 };
 
-// Bytes that are read somewhere else too: their register alone, some ahead of that reader, who finds
-// them in the first-level cache.
+// Bytes that are read somewhere else too: their register alone, some ahead of that reader, who
+// finds them in the first-level cache.
 class Reader {
  public:
   explicit Reader(const uint8_t* from, size_t count) : from_(from), left_(count) {}

@@ -1,6 +1,6 @@
-// What kv_pack and kv_unpack share: a warp goes through ranges of rows tile by tile, stages a tile's
-// bytes of the payload in shared memory and checks them from there. Warps need nothing of each
-// other.
+// What kv_pack and kv_unpack share: a warp goes through ranges of rows tile by tile, stages a
+// tile's bytes of the payload in shared memory and checks them from there. Warps need nothing of
+// each other.
 #pragma once
 #include <type_traits>
 
@@ -55,8 +55,8 @@ __device__ __forceinline__ void find_places(const Plan& plan, const Tile& tile,
     const int64_t id = plan.wide_ids ? static_cast<const int64_t*>(plan.block_table)[index]
                                      : static_cast<const int32_t*>(plan.block_table)[index];
     if (id >= 0 && id < plan.num_blocks)
-      place = tile.place + uint64_t(id * plan.block_bytes + slot * plan.slot_bytes +
-                                    head * plan.head_bytes);
+      place = tile.place +
+              uint64_t(id * plan.block_bytes + slot * plan.slot_bytes + head * plan.head_bytes);
   }
   stage.places[lane] = place;
 }
@@ -96,10 +96,9 @@ __device__ __forceinline__ void for_tiles(const Plan& plan, unsigned char* share
   for (uint64_t i = uint64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < num_ranges;
        i += num_warps) {
     const uint32_t piece = uint32_t(i / plan.ranges);
-    const uint64_t place =
-        reinterpret_cast<uint64_t>(plan.cache) +
-        uint64_t(int64_t(piece / uint32_t(plan.planes)) * plan.layer_bytes +
-                 int64_t(piece % uint32_t(plan.planes)) * plan.plane_bytes);
+    const uint64_t place = reinterpret_cast<uint64_t>(plan.cache) +
+                           uint64_t(int64_t(piece / uint32_t(plan.planes)) * plan.layer_bytes +
+                                    int64_t(piece % uint32_t(plan.planes)) * plan.plane_bytes);
     const int64_t end = plan.piece_rows - int64_t(i % plan.ranges) * plan.range_rows;
     const int64_t begin = end > plan.range_rows ? end - plan.range_rows : 0;
     const int num_tiles = int((end - begin + plan.tile_rows - 1) / plan.tile_rows);

@@ -1,13 +1,13 @@
 // CRC-32C of what a warp moves, by logic operations alone: no tables, no carry-less multiplication.
 //
-// With y = x^1024, squaring being linear, P(y) = P(x)^1024 = 0: the polynomial that reduces bits also
-// reduces rows of 1024 bits. So the warp looks at its bytes as rows of 32 words, a word a lane, and
-// each lane divides its column by P(y), bitwise over whole words: a shift register of 32 words with
-// the taps of P. The taps are sparse at the top, so four rows go in one step of 45 three-input
-// operations: 11 a word, where tables would take 4 to 8 look-ups in shared memory and their bank
-// conflicts. An H200 that copies at 4.3 TB/s moves 2.2 words a clock on each multiprocessor: 25 of
-// its 64 logic lanes. What is left at the end, 32 words a lane, is summed up with multiplications by
-// constants; 1,300 instructions or so, once per warp and range.
+// With y = x^1024, squaring being linear, P(y) = P(x)^1024 = 0: the polynomial that reduces bits
+// also reduces rows of 1024 bits. So the warp looks at its bytes as rows of 32 words, a word a
+// lane, and each lane divides its column by P(y), bitwise over whole words: a shift register of 32
+// words with the taps of P. The taps are sparse at the top, so four rows go in one step of 45
+// three-input operations: 11 a word, where tables would take 4 to 8 look-ups in shared memory and
+// their bank conflicts. An H200 that copies at 4.3 TB/s moves 2.2 words a clock on each
+// multiprocessor: 25 of its 64 logic lanes. What is left at the end, 32 words a lane, is summed up
+// with multiplications by constants; 1,300 instructions or so, once per warp and range.
 #pragma once
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -20,8 +20,8 @@ constexpr int kStepRows = 4;
 constexpr int kStepBytes = kRowBytes * kStepRows;  // a 16-byte access of every lane
 
 struct LaneConstants {
-  uint32_t place[32];   // x^(32 * (32 - lane)): of a lane's word in a row, and x^32 for the register
-  uint32_t above[32];   // x^(32 + lane): what a product's bits beyond a register stand for
+  uint32_t place[32];  // x^(32 * (32 - lane)): of a lane's word in a row, and x^32 for the register
+  uint32_t above[32];  // x^(32 + lane): what a product's bits beyond a register stand for
   uint32_t square[32];  // x^(2^lane)
 
   constexpr LaneConstants() : place(), above(), square() {
@@ -34,8 +34,8 @@ struct LaneConstants {
 };
 __device__ const LaneConstants kLanes;
 
-// Multiplies by a constant: five bits of a factor choose one of 32 sums of the constant's multiples,
-// which the lanes hold. All lanes call.
+// Multiplies by a constant: five bits of a factor choose one of 32 sums of the constant's
+// multiples, which the lanes hold. All lanes call.
 class Multiplier {
  public:
   __device__ __forceinline__ explicit Multiplier(uint32_t constant) {
@@ -72,7 +72,8 @@ __device__ __forceinline__ uint32_t warp_times(uint32_t a, uint32_t b) {
   const uint64_t product = (uint64_t(b) << 32) >> lane & (uint64_t(chosen) << 32 | chosen);
   const uint32_t low = __reduce_xor_sync(kAllLanes, uint32_t(product >> 32));
   const uint32_t beyond = __reduce_xor_sync(kAllLanes, uint32_t(product));
-  return low ^ __reduce_xor_sync(kAllLanes, kLanes.above[lane] & (0u - (beyond >> (31 - lane) & 1)));
+  return low ^
+         __reduce_xor_sync(kAllLanes, kLanes.above[lane] & (0u - (beyond >> (31 - lane) & 1)));
 }
 
 // The register of a message followed by `bytes` more.
@@ -103,8 +104,7 @@ class WarpChecksum {
     uint32_t out[32];
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      out[i] = i >= kStepRows ? words_[i - kStepRows]
-                              : rows[(kStepRows - 1 - i) * (kRowBytes / 4)];
+      out[i] = i >= kStepRows ? words_[i - kStepRows] : rows[(kStepRows - 1 - i) * (kRowBytes / 4)];
 #pragma unroll
       for (int j = 0; j < kStepRows; ++j)
         if (i >= j && (kTaps >> (i - j) & 1)) out[i] ^= words_[32 - kStepRows + j];
