@@ -189,7 +189,7 @@ def _both_ways(
     def checked(run: Callable[[], None]) -> Callable[[], None]:
         def run_and_check() -> None:
             run()
-            crc32c(payload.numpy())
+            crc32c(payload.numpy().data)
 
         return run_and_check
 

@@ -32,12 +32,17 @@ def sanitized() -> dict[str, str]:
     compiler = find_compiler(VARIANTS["host-asan"])
     if compiler is None:
         pytest.skip("no C++ compiler")
-    command = [compiler, "-print-file-name=libasan.so"]
-    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # C++'s own beside it: an exception thrown by torch is to find both.
+    runtimes = [_library_of(compiler, name) for name in ("libasan.so", "libstdc++.so")]
+    if not Path(runtimes[0]).is_absolute():
         pytest.skip("the compiler has no address sanitizer")
     build(VARIANTS["host-asan"])
-    return {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    return {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _library_of(compiler: str, name: str) -> str:
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +74,7 @@ def test_no_operation_leaves_its_tensors(sanitized: dict[str, str]) -> None:
         sanitized,
         *("-m", "pytest", "tests/unit/kernels", "--implementation=host-asan", "-q", "-x"),
         *("-p", "no:cacheprovider", "--tb=short"),
+        *("-k", "not every_implementation"),  # thousands of rows: minutes under the sanitizer
     )
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

@@ -97,7 +97,7 @@ extern "C" int forebay_kv_pack(const KvPackParams* params, void*) {
   const KvPackParams& p = *params;
   const Layout layout(p);
   if (!known(p.codec, p.id_bytes)) return FOREBAY_UNSUPPORTED;
-  const bool stream = layout.bytes() >= kStreamedBytes;
+  const bool stream = layout.bytes() >= kStreamedPayload;
   auto* crc = static_cast<uint32_t*>(p.crc);
   __atomic_fetch_xor(crc, ends(uint64_t(layout.bytes())), __ATOMIC_RELAXED);
   return with_float_dtype(p.dtype, [&](auto type) {

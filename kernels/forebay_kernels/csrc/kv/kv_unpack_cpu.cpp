@@ -8,6 +8,8 @@
 namespace forebay::kv {
 namespace {
 
+// From so many bytes on, rows are written past the caches: what is unpacked is read steps later.
+constexpr int64_t kStreamedRows = int64_t(256) << 10;
 constexpr int64_t kCopied = 4096;  // bytes at once: read for the checksum, then copied
 
 uint32_t unpack_elements(const KvUnpackParams& p, const Layout& layout, int64_t begin, int64_t end,
@@ -70,7 +72,7 @@ extern "C" int forebay_kv_unpack(const KvUnpackParams* params, void*) {
   const KvUnpackParams& p = *params;
   const Layout layout(p);
   if (!known(p.codec, p.id_bytes)) return FOREBAY_UNSUPPORTED;
-  const bool stream = layout.rows * layout.cache_row_bytes >= kStreamedBytes;
+  const bool stream = layout.rows * layout.cache_row_bytes >= kStreamedRows;
   auto* crc = static_cast<uint32_t*>(p.crc);
   __atomic_fetch_xor(crc, ends(uint64_t(layout.bytes())), __ATOMIC_RELAXED);
   return with_float_dtype(p.dtype, [&](auto type) {

@@ -4,9 +4,10 @@
 
 namespace forebay::kv {
 
-// Longer payloads go past the caches: whoever needs them next would not find them there, and lines
-// that are not read before they are written save a third of the memory's traffic.
-constexpr int64_t kStreamedBytes = int64_t(8) << 20;
+// From so many bytes on, a payload is written past the caches: whoever needs it next would not find
+// it there, and lines that are not read before they are written save a third of the memory's
+// traffic.
+constexpr int64_t kStreamedPayload = int64_t(8) << 20;
 
 // What is put together from small pieces waits in a stage until it is worth copying.
 class Writer {
