@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 
 from forebay.deploy.models import ensure_default_model
 from forebay.deploy.ports import free_ports
 from forebay.deploy.valkey import EmbeddedValkey
+
+# No test fails for being slow: a machine that does something else is no fault.
+settings.register_profile("forebay", deadline=None)
+settings.load_profile("forebay")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import planted_bugs
 from forebay.simulator.report import simulate_many
 from forebay.simulator.scenario import MIN_FAULTS, MIN_REQUESTS, simulate
 
-NUM_SEEDS = 300
+NUM_SEEDS = 150
 
 
 def test_seeds_pass() -> None:

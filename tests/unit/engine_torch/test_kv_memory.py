@@ -100,7 +100,7 @@ def parts(draw: st.DrawFn) -> KvSlice:
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     part=parts(),
     sizes=st.tuples(st.sampled_from([1, 3, 4, 16]), st.sampled_from([1, 4, 5, 32])),

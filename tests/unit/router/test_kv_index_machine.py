@@ -112,5 +112,5 @@ class IndexMachine(RuleBasedStateMachine):
             assert self.index.num_blocks == len(known)
 
 
-IndexMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+IndexMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
 TestIndexMachine = IndexMachine.TestCase

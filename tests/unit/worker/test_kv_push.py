@@ -335,7 +335,7 @@ def test_a_preempted_prompt_is_sent_whole() -> None:
     loop.run(main())
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     num_tokens=st.integers(1, 60),
     max_batch_tokens=st.integers(2, 30),
